@@ -1,0 +1,1 @@
+"""Sparse layers timed against dense torch, layer by layer: ``python -m bench --help``."""

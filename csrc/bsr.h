@@ -1,0 +1,127 @@
+// What bindings and kernels share: POD views of a plan and of the activations. No torch, no allocation, no threads
+// here.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sk {
+
+// A plan as sparsekern/plan.py writes it: one int32 array, a header and then the arrays named below.
+//
+// The contract, checked in Python when the pattern is built: every k is in [0, ks] (ks only as SELL padding), every
+// value index in [0, size) or -1 (SELL padding), row numbers within their range, pointers monotone. The bindings check
+// that header and tensors belong together; kernels check nothing.
+struct Plan {
+  static constexpr int32_t kMagic = 0x5B51, kHeader = 16, kStrip = 0, kSell = 1;
+  static constexpr int kStripRows = 4, kSegmentRows = 128;
+
+  int32_t kind;
+  int64_t rows, ks, size;  // outputs, rows of packed X, numbers in the values
+  bool overhang;           // some of those numbers lie beyond the edge and are not weights
+  int64_t row_stride;      // STRIP: distance of the weights of neighbouring rows
+
+  // STRIP: strip s owns rows first_row[s] .. + rows_of[s] and entries pointer[s] .. pointer[s + 1]
+  int64_t strips;
+  const int32_t *first_row, *rows_of, *pointer;
+  const int32_t* entries;  // pairs: k, index of the first row's weight
+
+  // SELL: segment s owns rows bounds[s] .. bounds[s + 1]; (segment, span) owns groups group_pointer[s * spans + span]
+  // ..
+  int64_t segments, spans, steps;
+  const int32_t *bounds, *group_pointer;
+  const int32_t *group_rows, *step_pointer;  // group g: 4 rows within the segment; steps step_pointer[g] ..
+  const int32_t *step_k, *step_value;        // step: 4 k, 4 value indices
+
+  // False when `plan` is no plan or its length does not fit its header.
+  static bool read(const int32_t* plan, int64_t length, Plan& out) {
+    if (length < kHeader || plan[0] != kMagic) return false;
+    out = Plan{};
+    out.kind = plan[1], out.rows = plan[2], out.ks = plan[3], out.size = plan[4], out.overhang = plan[5] != 0;
+    out.row_stride = plan[6];
+    const int32_t* at = plan + kHeader;
+    if (out.kind == kStrip) {
+      const int64_t strips = plan[7], entries = plan[8];
+      if (length != kHeader + 3 * strips + 1 + 2 * entries) return false;
+      out.strips = strips;
+      out.first_row = at, out.rows_of = at + strips, out.pointer = at + 2 * strips, out.entries = at + 3 * strips + 1;
+      return true;
+    }
+    if (out.kind != kSell) return false;
+    const int64_t segments = plan[7], spans = plan[8], groups = plan[9], steps = plan[10];
+    if (length != kHeader + (segments + 1) + (segments * spans + 1) + 4 * groups + (groups + 1) + 8 * steps)
+      return false;
+    out.segments = segments, out.spans = spans, out.steps = steps;
+    out.bounds = at, at += segments + 1;
+    out.group_pointer = at, at += segments * spans + 1;
+    out.group_rows = at, at += 4 * groups;
+    out.step_pointer = at, at += groups + 1;
+    out.step_k = at, out.step_value = at + 4 * steps;
+    return true;
+  }
+};
+
+// Activations, and the way a grid of pixels reads them. Linear is the case of `images` images of one pixel.
+//   index of (image, channel, y, x):  channels_last ? ((image * height + y) * width + x) * channels + channel
+//                                                   : ((image * channels + channel) * height + y) * width + x
+// Pixel (y, x) of the grid reads, through tap (i, j), the point (y * stride - padding + i * dilation, ...) of the
+// images, or zero where that point does not exist.
+struct Images {
+  int64_t images, channels, height, width;
+  bool channels_last;
+};
+
+struct Window {
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t grid[2];  // height and width of the grid of pixels
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+};
+
+// Runs task(context, i) for every i in [0, tasks), each on some thread of torch's pool; `work` is the cost of one task
+// in multiply-adds, by which small jobs stay on one thread.
+using Parallel = void (*)(int64_t tasks, int64_t work, void (*task)(void* context, int64_t i), void* context);
+
+// Per-thread scratch that only grows: `slot` 0 belongs to a caller, 1 to its tasks. 64-byte aligned, never zeroed.
+using Scratch = void* (*)(int slot, size_t bytes);
+
+// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel]: forward, and dgrad of linear, where Y is `out`.
+// dgrad of a convolution has the same product with row = tap * channels + channel, each row of which is added to where
+// its tap reads from: there Y is the images `out` that `window` reads and the grid of pixels is that of X.
+template <class T>
+struct Product {
+  Plan plan;
+  const T *values, *bias, *x;
+  T* y;
+  Images in, out;
+  Window window;
+  Parallel parallel;
+  Scratch scratch;
+};
+
+// dW[weight] = sum_pixel G[row, pixel] * X[k, pixel]: wgrad of linear and convolution; with it, where `bias` is not
+// null, the gradient of the bias, sum_pixel G[row, pixel].
+template <class T>
+struct WeightGrad {
+  Plan plan;  // STRIP
+  const T *grad, *x;
+  T *values, *bias;
+  Images in, out;
+  Window window;
+  Parallel parallel;
+  Scratch scratch;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*forward32)(const Product<float>&);
+  void (*forward64)(const Product<double>&);
+  void (*conv_dgrad32)(const Product<float>&);
+  void (*conv_dgrad64)(const Product<double>&);
+  void (*wgrad32)(const WeightGrad<float>&);
+  void (*wgrad64)(const WeightGrad<double>&);
+};
+
+// The set in use: the best the CPU has, or the one SPARSEKERN_CPU_ISA names. Chosen once, at load.
+const Kernels& kernels();
+
+}  // namespace sk

@@ -1,0 +1,29 @@
+"""sparsekern: neural networks pruned before training that really run faster.
+
+Block-sparse ``Linear`` and ``Conv2d``, forward and backward, on compiled kernels behind drop-in layers::
+
+    patterns = sparsekern.prune.snip(model, batches, loss_fn, sparsity=0.9, blocksize=(8, 8))
+    report = sparsekern.sparsify_(model, patterns)    # now train as usual
+"""
+
+__version__ = "0.1.0"
+
+from . import functional, isometry, nn, prune
+from .checkpoint import load_, save
+from .convert import densify_, sparsify_
+from .nn import SparseConv2d, SparseLinear
+from .pattern import BlockPattern
+
+__all__ = [
+    "BlockPattern",
+    "SparseConv2d",
+    "SparseLinear",
+    "densify_",
+    "functional",
+    "isometry",
+    "load_",
+    "nn",
+    "prune",
+    "save",
+    "sparsify_",
+]

@@ -1,0 +1,181 @@
+"""The command line: ``sparsekern train``, ``sparsekern summary`` and ``sparsekern info``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+INTERRUPTED = 130
+# Drawing progress costs about a millisecond.
+REDRAW_SECONDS = 0.2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 (could not do it), 2 (bad arguments, by argparse) or 130 (stopped)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(words)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        with _stoppable():
+            if options.command == "train":
+                return _train(parser, options, words, console)
+            if options.command == "summary":
+                return _summary(options, console)
+            return _info(options, console)
+    except (OSError, ValueError, FloatingPointError) as error:
+        errors.print(f"sparsekern: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("sparsekern: stopped before anything was measured", markup=False)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import data, models
+    from .train.settings import BACKENDS, PRUNERS, Settings
+
+    parser = argparse.ArgumentParser("sparsekern", description="Sparse neural-network training, measured.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="prune a network before training, train it sparse, and compare it with dense torch"
+    )
+    default = "default: %(default)s"
+    train.add_argument("--model", choices=models.NAMES, default=Settings.model, help=default)
+    train.add_argument("--dataset", choices=data.NAMES, default=Settings.dataset, help=default)
+    train.add_argument(
+        "--sparsity", type=float, default=Settings.sparsity, help=f"fraction removed, in [0, 1); {default}"
+    )
+    train.add_argument(
+        "--blocksize", type=_blocksize, default="8x8", metavar="HxW", help=f"1x1: unstructured; {default}"
+    )
+    train.add_argument("--pruner", choices=PRUNERS, default=Settings.pruner, help=default)
+    train.add_argument("--isometry", action="store_true", help="restore approximate isometry before training")
+    train.add_argument("--epochs", type=int, default=Settings.epochs, metavar="N", help=default)
+    train.add_argument(
+        "--compare-dense",
+        action="store_true",
+        help="also train the dense network, a narrower one of equal step time, and a random mask",
+    )
+    train.add_argument("--seed", type=int, default=Settings.seed, metavar="S", help=default)
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    train.add_argument("--batch-size", type=int, default=Settings.batch_size, metavar="N", help=default)
+    train.add_argument("--lr", type=float, help="peak of the one-cycle schedule; default: 0.1, lenet-5-caffe 0.05")
+    train.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data set's files; default: find or fetch them"
+    )
+    train.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
+    train.add_argument("--backend", choices=BACKENDS, default=Settings.backend, help=f"of the sparse layers; {default}")
+    summary = commands.add_parser("summary", help="one table of several runs, and where their plots are")
+    summary.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out of a run")
+    info = commands.add_parser("info", help="versions, processor and which kernels are at hand")
+    info.add_argument("--json", action="store_true")
+    return parser
+
+
+def _blocksize(text: str) -> tuple[int, int]:
+    height, x, width = text.partition("x")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be two whole numbers such as 8x8, got {text!r}")
+    return int(height), int(width)
+
+
+def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str], console: Console) -> int:
+    from . import report
+    from .train import Interrupted, Settings, run
+
+    fields = {key: value for key, value in vars(options).items() if key != "command"}
+    try:
+        settings = Settings(**fields)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        with _Live(console) as live:
+            result, code = run(settings, ["sparsekern", *words], live.show), 0
+    except Interrupted as stopped:
+        result, code = stopped.result, INTERRUPTED
+    console.print(report.run_table(result))
+    console.print(f"results and plots: {settings.out}", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+def _summary(options: argparse.Namespace, console: Console) -> int:
+    from . import report
+
+    console.print(report.summary_table(options.folders))
+    return 0
+
+
+def _info(options: argparse.Namespace, console: Console) -> int:
+    from . import info
+
+    facts = info.collect()
+    if options.json:
+        console.print_json(data=facts)
+    else:
+        for key, value in facts.items():
+            console.print(f"{key}: {value}", highlight=False, markup=False)
+    return 0
+
+
+class _Live:
+    """Live progress: one line per stage of the run."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
+        # No refreshing thread: it would take time from the training steps that are being measured.
+        self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, auto_refresh=False)
+        self._tasks: dict[str, TaskID] = {}
+        self._drawn = 0.0
+
+    def __enter__(self) -> _Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._finish_stages()
+        self._progress.stop()
+
+    def show(self, what: str, done: int, total: int, note: str) -> None:
+        new = what not in self._tasks
+        if new:
+            self._finish_stages()
+            self._tasks[what] = self._progress.add_task(what, total=total or None, note=note)
+        self._progress.update(self._tasks[what], completed=done, note=note)
+        if new or done == total or time.monotonic() - self._drawn > REDRAW_SECONDS:
+            self._progress.refresh()
+            self._drawn = time.monotonic()
+
+    def _finish_stages(self) -> None:
+        for task in self._progress.tasks:
+            # A stage of unknown length counts as one thing, done.
+            self._progress.update(task.id, total=task.total or 1, completed=task.completed or 1)
+            self._progress.stop_task(task.id)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, once: after the first, results are written undisturbed."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,363 @@
+"""Drop-in sparse layers: :class:`SparseLinear` and :class:`SparseConv2d`, with torch's constructor arguments.
+
+``values`` is an ordinary Parameter [nnz_blocks, bh, bw]; kernels read the indices from ``layer.pattern`` alone. The
+buffers ``crow_indices`` and ``col_indices`` are a record of the pattern for ``state_dict``: nothing computes with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .eligible import why_not
+from .functional import Backend
+from .pattern import BlockPattern
+from .weights import weight_from_matrix, weight_matrix
+
+Padding = int | tuple[int, int] | Literal["same", "valid"]
+
+INDEX_BUFFERS = ("crow_indices", "col_indices")
+
+
+class SparseLayer(nn.Module):
+    """What :class:`SparseLinear` and :class:`SparseConv2d` share; not for use by itself.
+
+    Attributes:
+        values: Parameter [nnz_blocks, bh, bw], contiguous, in the order of ``pattern.col_indices``. Entries of edge
+            blocks that overhang the weight are 0 at first, get gradient 0 and are never read.
+        bias: Parameter [outputs] or None.
+        backend: which kernels run, as in :func:`sparsekern.functional.bsr_linear`.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    # DistributedDataParallel overwrites buffers in place at every step and reads this list from the module it wraps:
+    # here for a layer wrapped by itself, see ddp_ignore_ for models.
+    _ddp_params_and_buffers_to_ignore = INDEX_BUFFERS
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        groups: int,
+        bias: bool,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+        pattern: BlockPattern,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        matrix_shape = (weight_shape[0], math.prod(weight_shape[1:]))
+        if not isinstance(pattern, BlockPattern):
+            raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
+        if pattern.shape != matrix_shape:
+            raise ValueError(f"pattern must have shape {matrix_shape} for a weight {weight_shape}, got {pattern.shape}")
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+        self.backend = backend
+        # What the plans of a convolution depend on besides the pattern; a linear layer has none.
+        self._kernel = (weight_shape[2], weight_shape[3], groups) if len(weight_shape) == 4 else None
+        self.values = nn.Parameter(torch.empty(pattern.values_shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(matrix_shape[0], device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        for name in INDEX_BUFFERS:
+            self.register_buffer(name, torch.empty(0, dtype=torch.int32))
+        self._set_pattern(pattern)
+        self.reset_parameters()
+
+    @property
+    def pattern(self) -> BlockPattern:
+        """Which blocks exist, on the device of ``values``. Immutable; to change it, build another layer or load one."""
+        return self._pattern
+
+    def reset_parameters(self) -> None:
+        """Draw ``values`` and ``bias`` anew, as a masked dense layer would: uniform in ±1/sqrt(fan_in).
+
+        This is torch's own init (``kaiming_uniform_(a=sqrt(5))``). fan_in is that of the dense weight, so the kept
+        weights have the distribution they have after masking a fresh dense layer; the numbers drawn are others.
+        """
+        fan_in = self.pattern.shape[1]
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        nn.init.uniform_(self.values, -bound, bound)
+        if self.values.device.type != "meta" and _overhangs(self.pattern):
+            with torch.no_grad():
+                self.values.masked_fill_(~self.pattern.edge_mask(), 0)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _set_pattern(self, pattern: BlockPattern) -> None:
+        """Take ``pattern`` to the device of the values, plan its kernels, and write the record of it in the buffers."""
+        device = self.values.device
+        if device.type != "meta":
+            pattern = pattern.to(device)
+            functional.prepare(pattern, self._kernel)
+        self._pattern = pattern
+        for name in INDEX_BUFFERS:
+            setattr(self, name, getattr(pattern, name).to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
+        super()._apply(fn, recurse)
+        # fn has moved, and may have cast or (to_empty) left unwritten, the buffers: the pattern says what they hold.
+        self._set_pattern(self._pattern)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_pattern(self._pattern)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            pattern = self._loaded_pattern(state_dict, prefix)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        if pattern != self._pattern:
+            # The Parameter stays the object it is, for whoever holds it; what follows the old shape cannot stay.
+            self.values.grad = None
+            self.values.data = self.values.new_empty(pattern.values_shape)
+            self._set_pattern(pattern)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._set_pattern(self._pattern)
+
+    def _loaded_pattern(self, state_dict: dict[str, Any], prefix: str) -> BlockPattern:
+        """The pattern this layer has once it has loaded ``state_dict``: all of it is checked, nothing changed."""
+        tensors = self._parameters | self._buffers
+        own = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{prefix}{name} must be a tensor, got {type(tensor).__name__}")
+        merged = own | given
+        crow, col = (merged[name].to(self._pattern.device) for name in INDEX_BUFFERS)
+        try:
+            pattern = BlockPattern(crow, col, self._pattern.shape, self._pattern.blocksize)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{prefix}crow_indices, {prefix}col_indices: {error}") from error
+        if pattern != self._pattern and not given.keys() >= {"values", *INDEX_BUFFERS}:
+            raise ValueError(f"{prefix}values, crow_indices and col_indices must come together to change the pattern")
+        check_values(merged["values"], pattern, f"{prefix}values")
+        if "bias" in own and tuple(merged["bias"].shape) != pattern.shape[:1]:
+            raise ValueError(f"{prefix}bias must have shape {pattern.shape[:1]}, got {tuple(merged['bias'].shape)}")
+        return pattern
+
+    def _take_weights(self, module: nn.Linear | nn.Conv2d) -> None:
+        """Copy the kept weights, the bias and the flags of the dense ``module``."""
+        with torch.no_grad():
+            self.values.copy_(self.pattern.gather(weight_matrix(module.weight)))
+            if self.bias is not None and module.bias is not None:
+                self.bias.copy_(module.bias)
+        _copy_flags(module, self, "weight", "values")
+
+    def _give_weights(self, module: nn.Linear | nn.Conv2d) -> None:
+        """Inverse of ``_take_weights``: ``module`` (on the meta device) gets real parameters."""
+        with torch.no_grad():
+            matrix = self.pattern.scatter(self.values)
+            module.weight = nn.Parameter(weight_from_matrix(matrix, module.weight.shape))
+            if self.bias is not None:
+                module.bias = nn.Parameter(self.bias.clone())
+        _copy_flags(self, module, "values", "weight")
+
+    def _sparse_repr(self) -> str:
+        return f"blocksize={self.pattern.blocksize}, density={self.pattern.density:.4g}, backend={self.backend!r}"
+
+
+class SparseLinear(SparseLayer):
+    """``nn.Linear`` whose weight [out_features, in_features] is block sparse: y = x Wᵀ + b.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        pattern: which blocks of the weight exist; shape (out_features, in_features).
+        backend: as in :func:`sparsekern.functional.bsr_linear`.
+
+    Raises:
+        TypeError, ValueError: ``pattern`` is none, or of another shape; an unknown backend.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: BlockPattern,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__((out_features, in_features), 1, bias, device, dtype, pattern, backend)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return functional.bsr_linear(input, self.values, self._pattern, self.bias, backend=self.backend)
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, pattern: BlockPattern, *, backend: Backend = "auto") -> SparseLinear:
+        """A sparse copy of ``module``: its weights at the stored blocks, bias, dtype, device, flags; hooks stay behind.
+
+        Raises:
+            TypeError, ValueError: ``module`` is not exactly an ``nn.Linear`` in plain use (subclasses, parametrised or
+                pruned layers and the like), or ``pattern`` does not fit it.
+        """
+        _check_dense(module, nn.Linear)
+        weight, bias = module.weight, module.bias is not None
+        layer: SparseLinear = nn.utils.skip_init(
+            cls, module.in_features, module.out_features, bias,
+            device=weight.device, dtype=weight.dtype, pattern=pattern, backend=backend,
+        )  # fmt: skip
+        layer._take_weights(module)
+        return layer
+
+    def to_dense(self) -> nn.Linear:
+        """An ``nn.Linear`` with the same weights, 0 where no block is stored; dtype, device and flags are kept."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        self._give_weights(dense)
+        return dense
+
+    def extra_repr(self) -> str:
+        plain = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{plain}, {self._sparse_repr()}"
+
+
+class SparseConv2d(SparseLayer):
+    """``nn.Conv2d`` whose weight is block sparse, as a matrix (C_out, kh*kw*C_in/groups), tap-major.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            in ``nn.Conv2d``; ``padding_mode`` must be "zeros".
+        pattern: which blocks of the weight exist; shape as above (see :func:`sparsekern.weights.weight_matrix`).
+        backend: as in :func:`sparsekern.functional.bsr_conv2d`.
+
+    Raises:
+        TypeError, ValueError: as :class:`SparseLinear`, as ``nn.Conv2d``, or another padding mode.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: Padding = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: BlockPattern,
+        backend: Backend = "auto",
+    ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
+        # nn.Conv2d knows its arguments best: it checks and normalises them, and allocates nothing on this device.
+        like = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, device="meta"
+        )  # fmt: skip
+        super().__init__(tuple(like.weight.shape), groups, bias, device, dtype, pattern, backend)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.padding_mode = padding_mode
+        # torch types them as tuples of any length.
+        self.kernel_size = cast("tuple[int, int]", like.kernel_size)
+        self.stride, self.dilation = cast("tuple[int, int]", like.stride), cast("tuple[int, int]", like.dilation)
+        self.padding = cast("Padding", like.padding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C_in, H, W] or [C_in, H, W] -> [N, C_out, H', W'] or [C_out, H', W']."""
+        return functional.bsr_conv2d(
+            input, self.values, self._pattern, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            kernel_size=self.kernel_size, backend=self.backend,
+        )  # fmt: skip
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d, pattern: BlockPattern, *, backend: Backend = "auto") -> SparseConv2d:
+        """As :meth:`SparseLinear.from_dense`, for an ``nn.Conv2d``."""
+        _check_dense(module, nn.Conv2d)
+        weight = module.weight
+        layer: SparseConv2d = nn.utils.skip_init(
+            cls, module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+            module.dilation, module.groups, module.bias is not None,
+            device=weight.device, dtype=weight.dtype, pattern=pattern, backend=backend,
+        )  # fmt: skip
+        layer._take_weights(module)
+        return layer
+
+    def to_dense(self) -> nn.Conv2d:
+        """An ``nn.Conv2d`` with the same weights, 0 where no block is stored; dtype, device and flags are kept."""
+        dense = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, device="meta",
+        )  # fmt: skip
+        self._give_weights(dense)
+        return dense
+
+    def extra_repr(self) -> str:
+        plain = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
+        return f"{plain}, {self._sparse_repr()}"
+
+
+def ddp_ignore_(model: nn.Module) -> None:
+    """Keep the index buffers of the model's sparse layers out of DistributedDataParallel's broadcasts, in place.
+
+    Call it on the very module that is to be wrapped, where layers were built by hand or ``sparsify_`` (which does this
+    for the model it is given) saw only a part of it. Names that are listed already stay.
+    """
+    listed = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    sparse = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, SparseLayer)]
+    names = [f"{name}.{buffer}".lstrip(".") for name in sparse for buffer in INDEX_BUFFERS]
+    # Read by DistributedDataParallel.__init__ (torch 2.10 to 2.13); the names are those of model.named_buffers().
+    vars(model)["_ddp_params_and_buffers_to_ignore"] = listed + [name for name in names if name not in listed]
+
+
+def check_values(values: Tensor, pattern: BlockPattern, name: str) -> None:
+    """Raise ValueError unless ``values``, from outside, go with ``pattern``: their shape, and 0 beyond the edge."""
+    shape = pattern.values_shape
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} (nnz_blocks, bh, bw), got {tuple(values.shape)}")
+    if values.device.type == "meta" or not _overhangs(pattern):
+        return
+    if bool((values[~pattern.to(values.device).edge_mask()] != 0).any()):
+        raise ValueError(f"{name} is not 0 where blocks overhang the edge of the weight, {pattern.shape}")
+
+
+def _overhangs(pattern: BlockPattern) -> bool:
+    return any(size % block for size, block in zip(pattern.shape, pattern.blocksize, strict=True))
+
+
+def _check_dense(module: nn.Module, expected: type[nn.Module]) -> None:
+    if not isinstance(module, expected):
+        raise TypeError(f"module must be a torch.nn.{expected.__name__}, got {type(module).__name__}")
+    reason = why_not(module)
+    if reason is not None:
+        raise ValueError(f"module cannot be made sparse: {reason}")
+
+
+def _copy_flags(source: nn.Module, target: nn.Module, source_weight: str, target_weight: str) -> None:
+    target.train(source.training)
+    getattr(target, target_weight).requires_grad_(getattr(source, source_weight).requires_grad)
+    if isinstance(source.bias, nn.Parameter) and isinstance(target.bias, nn.Parameter):
+        target.bias.requires_grad_(source.bias.requires_grad)

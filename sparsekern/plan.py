@@ -1,0 +1,184 @@
+"""What the CPU kernels need beyond the indices, planned once per pattern and stored in one int32 tensor per op.
+
+A plan is a pure function of (pattern, op, convolution shape): never of instruction set, threads or batch. It describes
+a product ``Y[row] = sum over k of W[row, k] * X[k]``. In forward the rows are the layer's outputs and the k are the
+rows of its packed activations, ``tap * channels + channel`` (tap is 0 for linear); in dgrad it is the other way round.
+Two formats, told apart by the header (mirrored in ``csrc/bsr.h``):
+
+STRIP  up to 4 neighbouring rows that read the same k and whose weights lie ``row_stride`` apart in the values::
+
+           strip:   first row, number of rows, first entry          entry:   k, index of the first row's weight
+
+SELL   rows that share nothing (blocks one row high), 4 at a time. Rows are cut into segments, k into spans that stay in
+       the first-level cache; within both, rows are sorted by length, so that 4 rows of like length make a group, padded
+       with k = K (a row of zeros) and weight index -1::
+
+           (segment, span): first group     group: 4 rows, first step     step: 4 k, 4 weight indices
+
+wgrad reads the STRIP format (with strips of one row where blocks are one row high): entry by entry it is a dot product.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .pattern import INT32_MAX, BlockPattern
+
+MAGIC = 0x5B51  # changes with the format
+HEADER = 16
+STRIP, SELL = 0, 1
+STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
+SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
+SPAN = 256  # rows of packed X that stay in the first-level cache
+
+Ints = npt.NDArray[np.int64]
+Kernel = tuple[int, int, int]  # kernel height, kernel width, groups
+
+
+class Plans(NamedTuple):
+    """The tensors that go with a pattern to the three products; all int32, on the pattern's device."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    forward: Tensor
+    dgrad: Tensor
+    wgrad: Tensor
+
+
+def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
+    """Plans of the three products for a linear layer, or for a convolution of ``kernel`` = (kh, kw, groups)."""
+    kh, kw, groups = kernel or (1, 1, 1)
+    taps = kh * kw
+    outputs, columns = pattern.shape
+    group_outputs, group_inputs = outputs // groups, columns // taps
+    inputs = group_inputs * groups
+    bh, bw = pattern.blocksize
+
+    # One (output, input, tap, index of its value) per weight.
+    rows, cols, index = _weights(pattern)
+    tap, channel = np.divmod(cols, max(group_inputs, 1))
+    channel += rows // max(group_outputs, 1) * group_inputs
+
+    # Rows may share a strip where no block and no group begins between them. A row of dgrad is (tap, channel).
+    output_cuts = np.union1d(np.arange(0, outputs, bh), np.arange(groups) * group_outputs if outputs else 0)
+    cuts = np.union1d(np.arange(0, columns, bw), np.arange(taps) * group_inputs if columns else 0)
+    tap_of_cut, channel_of_cut = np.divmod(cuts, max(group_inputs, 1))
+    input_cuts = np.sort((np.arange(groups)[:, None] * group_inputs + tap_of_cut * inputs + channel_of_cut).reshape(-1))
+
+    size = pattern.nnz_blocks * bh * bw
+    overhang = pattern.nnz != size
+    by_output = (rows, tap * inputs + channel, index)
+    by_input = (tap * inputs + channel, rows, index)
+    strips = _strip_plan(by_output, _split(output_cuts, outputs), outputs, taps * inputs, bw, size, overhang)
+    forward = strips if bh > 1 else _sell_plan(by_output, outputs, taps * inputs, size, overhang)
+    if bw > 1:
+        dgrad = _strip_plan(by_input, _split(input_cuts, taps * inputs), taps * inputs, outputs, 1, size, overhang)
+    else:
+        dgrad = _sell_plan(by_input, taps * inputs, outputs, size, overhang)
+    to = pattern.device
+    return Plans(pattern._crow, pattern._col, forward.to(to), dgrad.to(to), strips.to(to))
+
+
+def _weights(pattern: BlockPattern) -> tuple[Ints, Ints, Ints]:
+    """(row, column, index among the values) of every weight, in the order of the values; overhang left out."""
+    bh, bw = pattern.blocksize
+    block_rows = pattern.block_rows().cpu().numpy()
+    block_cols = pattern._col.cpu().numpy().astype(np.int64)
+    shape = pattern.values_shape
+    rows = np.broadcast_to((block_rows[:, None] * bh + np.arange(bh))[:, :, None], shape).reshape(-1)
+    cols = np.broadcast_to((block_cols[:, None] * bw + np.arange(bw))[:, None, :], shape).reshape(-1)
+    inside = np.flatnonzero((rows < pattern.shape[0]) & (cols < pattern.shape[1]))
+    return rows[inside], cols[inside], inside
+
+
+def _split(starts: Ints, length: int) -> Ints:
+    """First rows of the strips: the runs of rows that begin at ``starts``, cut to at most 4 rows each."""
+    lengths = np.diff(np.append(starts, length))
+    parts = -(-lengths // STRIP_ROWS)
+    which = np.repeat(np.arange(len(starts)), parts)
+    nth = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
+    # n rows in p parts, as equal as can be: 5 = 3 + 2, 10 = 4 + 3 + 3.
+    return (starts[which] + -(-lengths[which] * nth // np.maximum(parts[which], 1))).astype(np.int64)
+
+
+def _header(kind: int, rows: int, ks: int, size: int, overhang: bool, a: int, b: int, c: int, row_stride: int) -> Ints:
+    header = np.zeros(HEADER, dtype=np.int64)
+    header[:10] = (MAGIC, kind, rows, ks, size, int(overhang), row_stride, a, b, c)
+    return header
+
+
+def _as_tensor(*parts: Ints) -> Tensor:
+    plan = np.concatenate([np.asarray(part, dtype=np.int64).reshape(-1) for part in parts])
+    if plan.size and (plan.max() > INT32_MAX or plan.size > INT32_MAX):
+        raise ValueError(f"a layer this large needs more than int32 indices ({plan.size} plan entries)")
+    return torch.from_numpy(plan.astype(np.int32))
+
+
+def _strip_plan(
+    weights: tuple[Ints, Ints, Ints], starts: Ints, rows: int, ks: int, row_stride: int, size: int, overhang: bool
+) -> Tensor:
+    row, k, index = weights
+    strip_of_row = np.full(rows, -1, dtype=np.int64)
+    strip_of_row[starts] = np.arange(len(starts))
+    strip = strip_of_row[row]
+    first = np.flatnonzero(strip >= 0)  # the weights of each strip's first row stand for those below them
+    order = first[np.lexsort((k[first], strip[first]))]
+    counts = np.bincount(strip[order], minlength=len(starts))
+    lengths = np.diff(np.append(starts, rows))
+    entries = np.stack([k[order], index[order]], axis=1)
+    header = _header(STRIP, rows, ks, size, overhang, len(starts), len(order), 0, row_stride)
+    return _as_tensor(header, starts, lengths, _pointers(counts), entries)
+
+
+def _sell_plan(weights: tuple[Ints, Ints, Ints], rows: int, ks: int, size: int, overhang: bool) -> Tensor:
+    row, k, index = weights
+    segments = max(-(-rows // SEGMENT_ROWS), 1)
+    bounds = np.arange(segments + 1) * rows // segments
+    spans = max(-(-ks // SPAN), 1)
+    width = max(-(-ks // spans), 1)  # equal spans: a short last one would be all prologue
+
+    order = np.lexsort((k, row, k // width))
+    row, k, index = row[order], k[order], index[order]
+    length = np.bincount(k // width * rows + row, minlength=spans * rows).reshape(spans, rows)
+    begin = (np.cumsum(length) - length.reshape(-1)).reshape(spans, rows)
+
+    group_rows, group_steps, group_counts, ks_out, index_out = [], [], [], [], []
+    for low, high in pairwise(bounds.tolist()):
+        groups = -(-(high - low) // 4)
+        for span in range(spans):
+            by_length = np.argsort(-length[span, low:high], kind="stable")
+            # The row after the segment's last takes what pads the last group.
+            padding = (0, groups * 4 - (high - low))
+            members = np.pad(by_length, padding, constant_values=high - low)
+            lengths = np.pad(length[span, low:high][by_length], padding).reshape(-1, 4)
+            begins = np.pad(begin[span, low:high][by_length], padding).reshape(-1, 4)
+            steps = lengths[:, 0]
+            kept = int((steps > 0).sum())
+            group_counts.append(kept)
+            group_rows.append(members.reshape(-1, 4)[:kept])
+            group_steps.append(steps[:kept])
+            group = np.repeat(np.arange(kept), steps[:kept])
+            step = np.arange(len(group)) - np.repeat(np.cumsum(steps[:kept]) - steps[:kept], steps[:kept])
+            at = begins[group] + step[:, None]
+            real = step[:, None] < lengths[group]
+            at = np.where(real, at, 0)
+            ks_out.append(np.where(real, k[at] if len(k) else 0, ks))
+            index_out.append(np.where(real, index[at] if len(k) else 0, -1))
+
+    steps = np.concatenate(group_steps)
+    header = _header(SELL, rows, ks, size, overhang, segments, spans, len(steps), 0)
+    header[10] = steps.sum()
+    columns = np.concatenate(ks_out).reshape(-1, 4)
+    values = np.concatenate(index_out).reshape(-1, 4)
+    pointers = _pointers(np.array(group_counts))
+    return _as_tensor(header, bounds, pointers, np.concatenate(group_rows), _pointers(steps), columns, values)
+
+
+def _pointers(counts: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(counts)])
