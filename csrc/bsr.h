@@ -17,6 +17,7 @@ struct Plan {
 
   int32_t kind;
   int64_t rows, ks, size;  // outputs, rows of packed X, numbers in the values
+  int64_t block[2];        // their block size
   bool overhang;           // some of those numbers lie beyond the edge and are not weights
   int64_t row_stride;      // STRIP: distance of the weights of neighbouring rows
 
@@ -37,7 +38,7 @@ struct Plan {
     if (length < kHeader || plan[0] != kMagic) return false;
     out = Plan{};
     out.kind = plan[1], out.rows = plan[2], out.ks = plan[3], out.size = plan[4], out.overhang = plan[5] != 0;
-    out.row_stride = plan[6];
+    out.row_stride = plan[6], out.block[0] = plan[11], out.block[1] = plan[12];
     const int32_t* at = plan + kHeader;
     if (out.kind == kStrip) {
       const int64_t strips = plan[7], entries = plan[8];

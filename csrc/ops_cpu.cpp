@@ -55,14 +55,17 @@ void* scratch(int slot, size_t bytes) {
   return buffer.data;
 }
 
-sk::Plan read_plan(const Tensor& plan, int64_t rows, int64_t ks, int64_t size) {
+sk::Plan read_plan(const Tensor& plan, int64_t rows, int64_t ks, const Tensor& values) {
   sk::Plan view;
   STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Int && plan.dim() == 1 && plan.is_contiguous() &&
                       sk::Plan::read(plan.const_data_ptr<int32_t>(), plan.numel(), view),
                   "plan is not a plan of this version of sparsekern");
-  STD_TORCH_CHECK(view.rows == rows && view.ks == ks && view.size == size,
-                  "plan does not belong to these tensors: it is for ", view.rows, " rows, ", view.ks, " ks and ",
-                  view.size, " values, they have ", rows, ", ", ks, " and ", size);
+  STD_TORCH_CHECK(view.rows == rows && view.ks == ks, "plan does not belong to these tensors: it is for ", view.rows,
+                  " rows and ", view.ks, " ks, they have ", rows, " and ", ks);
+  STD_TORCH_CHECK(values.dim() == 3 && values.numel() == view.size && values.size(1) == view.block[0] &&
+                      values.size(2) == view.block[1],
+                  "plan does not belong to these values: it is for ", view.size, " numbers in blocks of ",
+                  view.block[0], " x ", view.block[1]);
   return view;
 }
 
@@ -151,7 +154,7 @@ Gradients wgrad(const Tensor& plan, int64_t blocks, const Ints& blocksize, bool 
                 const Tensor& x, const sk::Images& in, const sk::Images& out, const sk::Window& window) {
   Gradients to = {torch::stable::new_empty(x, {blocks, blocksize[0], blocksize[1]}),
                   torch::stable::new_empty(x, {bias ? out.channels : 0})};
-  const sk::Plan view = read_plan(plan, out.channels, window.taps() * in.channels, std::get<0>(to).numel());
+  const sk::Plan view = read_plan(plan, out.channels, window.taps() * in.channels, std::get<0>(to));
   auto* run = x.scalar_type() == ScalarType::Float ? run_wgrad<float> : run_wgrad<double>;
   run(view, grad, x, to, in, out, window);
   return to;
@@ -176,7 +179,7 @@ Tensor linear_product(const Tensor& x, const Tensor& values, const Tensor* bias,
   const Tensor xc = torch::stable::contiguous(x), vc = torch::stable::contiguous(values);
   Tensor y = torch::stable::new_empty(x, leading(x, rows));
   const sk::Images in = samples(xc), out = samples(y);
-  product(Kind::kForward, read_plan(plan, rows, in.channels, vc.numel()), vc, bias, xc, y, in, out, kPixel);
+  product(Kind::kForward, read_plan(plan, rows, in.channels, vc), vc, bias, xc, y, in, out, kPixel);
   return y;
 }
 
@@ -236,8 +239,8 @@ Tensor bsr_conv2d(const Tensor& input, const Tensor& values, const std::optional
                 channels_last);
   const sk::Images out = image_view(y, channels_last);
   const sk::Window w = window(kernel_size, stride, padding, dilation, out);
-  product(Kind::kForward, read_plan(plan, out_channels, w.taps() * in.channels, vc.numel()), vc, b ? &*b : nullptr, xc,
-          y, in, out, w);
+  product(Kind::kForward, read_plan(plan, out_channels, w.taps() * in.channels, vc), vc, b ? &*b : nullptr, xc, y, in,
+          out, w);
   return y;
 }
 
@@ -253,7 +256,7 @@ Tensor bsr_conv2d_dgrad(const Tensor& grad_output, const Tensor& values, const T
   const sk::Images out = image_view(y, channels_last);
   check_conv(out, in, kernel_size, stride, padding, dilation);
   const sk::Window w = window(kernel_size, stride, padding, dilation, in);
-  const sk::Plan view = read_plan(plan, w.taps() * in_channels, in.channels, vc.numel());
+  const sk::Plan view = read_plan(plan, w.taps() * in_channels, in.channels, vc);
   product(Kind::kConvDgrad, view, vc, nullptr, gc, y, in, out, w);
   return y;
 }

@@ -64,14 +64,17 @@ def bsr_linear(
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
         RuntimeError: ``backend="cpu"`` and no kernels are built.
     """
-    _check_types(x, values, pattern, bias)
-    outputs, inputs = pattern.shape
-    if not x.dim() or x.shape[-1] != inputs:
-        raise ValueError(
-            f"x must have shape [*, {inputs}] for a pattern of shape {pattern.shape}, got {tuple(x.shape)}"
-        )
-    x, values, bias, result = _arguments(x, values, pattern, bias)
-    plans = prepare(pattern)
+    if _plain(x, values, pattern, bias, backend):
+        plans = prepare(pattern)
+        try:
+            if torch.is_grad_enabled():
+                return _Linear.apply(x, values, bias, pattern, plans)
+            return _linear(x, values, bias, plans[0], plans[1], plans[2], pattern.shape[0])
+        except RuntimeError:
+            _linear_arguments(x, values, pattern, bias)  # has better words for what the op found wrong
+            raise
+    x, values, bias, result = _linear_arguments(x, values, pattern, bias)
+    plans, outputs = prepare(pattern), pattern.shape[0]
     if not _use_kernels(backend, x):
         with torch.autocast(x.device.type, enabled=False):
             y = reference.bsr_linear(x, values, bias, plans.crow_indices, plans.col_indices, plans.forward, outputs)
@@ -360,6 +363,40 @@ def _arguments(
     if device.type == "cpu":
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {dtype}")
     return x, values, bias, None
+
+
+def _plain(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None, backend: Backend) -> bool:
+    """Whether this is the common case, whose shapes the op itself checks: a small layer's call should cost little.
+
+    float32 or float64 on the CPU, no autocast, not being traced (where ops are not run, and so check nothing).
+    """
+    if not isinstance(x, Tensor) or not isinstance(values, Tensor) or type(pattern) is not BlockPattern:
+        return False
+    dtype = x.dtype
+    return (
+        (dtype is torch.float32 or dtype is torch.float64)
+        and values.dtype is dtype
+        and x.is_cpu
+        and values.is_cpu
+        and x.layout is values.layout is torch.strided
+        and (bias is None or (isinstance(bias, Tensor) and bias.dtype is dtype and bias.is_cpu))
+        and not ops.CPU_KERNELS_MISSING
+        and (backend == "auto" or backend == "cpu")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _linear_arguments(
+    x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
+    _check_types(x, values, pattern, bias)
+    inputs = pattern.shape[1]
+    if not x.dim() or x.shape[-1] != inputs:
+        raise ValueError(
+            f"x must have shape [*, {inputs}] for a pattern of shape {pattern.shape}, got {tuple(x.shape)}"
+        )
+    return _arguments(x, values, pattern, bias)
 
 
 def _check_types(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None) -> None:

@@ -32,6 +32,7 @@ from .pattern import INT32_MAX, BlockPattern
 
 MAGIC = 0x5B51  # changes with the format
 HEADER = 16
+BLOCKSIZE = slice(11, 13)  # where in the header it stands
 STRIP, SELL = 0, 1
 STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
 SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
@@ -81,6 +82,8 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
         dgrad = _strip_plan(by_input, _split(input_cuts, taps * inputs), taps * inputs, outputs, 1, size, overhang)
     else:
         dgrad = _sell_plan(by_input, taps * inputs, outputs, size, overhang)
+    for plan in (forward, dgrad, strips):
+        plan[BLOCKSIZE] = torch.tensor([bh, bw], dtype=torch.int32)
     to = pattern.device
     return Plans(pattern._crow, pattern._col, forward.to(to), dgrad.to(to), strips.to(to))
 

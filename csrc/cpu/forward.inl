@@ -36,7 +36,7 @@ class ForwardRun {
 
  private:
   static constexpr int L = kLanes<T>;
-  static constexpr int64_t kManyTiles = 8;
+  static constexpr int64_t kManyTiles = 4;
 
   // Vectors before tile i: as equal as can be (13 = 2 + 2 + 3 + 3 + 3), the short ones first.
   int64_t vector_of(int64_t tile) const { return tile * vectors_ / tiles_; }
