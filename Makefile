@@ -33,9 +33,9 @@ build: build/installed
 TRAIN := $(BIN)/sparsekern train --dataset fashion-mnist --sparsity 0.9 --pruner snip --compare-dense --seed 0
 
 demo: build
-	$(TRAIN) --model lenet-300-100 --blocksize 1x1 --epochs 4 --out demo/lenet-300-100-1x1
-	$(TRAIN) --model lenet-300-100 --blocksize 8x8 --epochs 4 --out demo/lenet-300-100-8x8
-	$(TRAIN) --model lenet-5-caffe --blocksize 8x8 --epochs 2 --out demo/lenet-5-caffe-8x8
+	$(TRAIN) --model lenet-300-100 --blocksize 1x1 --epochs 8 --out demo/lenet-300-100-1x1
+	$(TRAIN) --model lenet-300-100 --blocksize 8x8 --epochs 8 --out demo/lenet-300-100-8x8
+	$(TRAIN) --model lenet-5-caffe --blocksize 8x8 --epochs 5 --out demo/lenet-5-caffe-8x8
 	@$(BIN)/sparsekern summary demo/lenet-300-100-1x1 demo/lenet-300-100-8x8 demo/lenet-5-caffe-8x8
 
 # ---- checks -------------------------------------------------------------------------------------------------------------

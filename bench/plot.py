@@ -1,7 +1,11 @@
-"""Picture and table of a finished run: ``python -m bench.plot bench/results/X.csv [--readme README.md]``.
+"""Picture and tables of finished runs.
 
-The picture is X.png: speed-up over dense torch against sparsity, one panel per layer, beside the ideal 1 / density. The
-table goes to the terminal, or into a file between the lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->``.
+    python -m bench.plot bench/results/X.csv [--runs demo/*] [--readme README.md]
+
+The picture is X.png: speed-up over dense torch against sparsity, one panel per layer, beside the ideal 1 / density.
+The table of layers goes to the terminal, or into a file between ``<!-- bench:begin -->`` and ``<!-- bench:end -->``;
+that of whole networks, from the folders that ``sparsekern train --compare-dense`` wrote, between
+``<!-- demo:begin -->`` and ``<!-- demo:end -->``.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from sparsekern.report import read_result
+
 from .cases import PRODUCTS
 from .run import OURS, SCIPY, TORCH
 from .table import BUSY
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PANELS = (
     "lenet-300-100-fc1", "linear-256x1024x1024", "transformer-mlp-up",
     "lenet-5-conv2", "conv3x3-64@32", "conv3x3-128@16",
@@ -42,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--product", choices=PRODUCTS, default="layer", help="in the picture (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="of the table (%(default)s)")
-    parser.add_argument("--readme", type=Path, help="put the table into this file instead of printing it")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[], help="folders of sparsekern train, for a second table"
+    )
+    parser.add_argument("--readme", type=Path, help="put the tables into this file instead of printing them")
     args = parser.parse_args(argv)
 
     with args.csv.open(newline="") as file:
@@ -53,11 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = [row for row in rows if row["implementation"] == OURS and float(row["sparsity"]) == args.sparsity]
     if not at:
         parser.error(f"{args.csv} has no figures for --sparsity {args.sparsity:g}")
-    text = f"At {args.sparsity:.4g} sparsity, {title}:\n\n{table(at)}"
-    if args.readme is None:
-        print(text)
-    else:
-        replace_marked(args.readme, text)
+    texts = {"bench": f"At {args.sparsity:.4g} sparsity, {title}:\n\n{table(at)}"}
+    if args.runs:
+        texts["demo"] = network_table([read_result(folder) for folder in args.runs])
+    for name, text in texts.items():
+        if args.readme is None:
+            print(text)
+        else:
+            replace_marked(args.readme, name, text)
     figure = draw([row for row in rows if row["product"] == args.product], args.product, title)
     FigureCanvasAgg(figure)
     figure.savefig(args.csv.with_suffix(".png"), dpi=130)
@@ -133,18 +144,42 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def replace_marked(path: Path, text: str) -> None:
-    """Put ``text`` between the marker lines of the file, in place of what is there.
+def network_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row per run, beside the narrower dense network of equal step time and the random mask."""
+    columns = ("dense", "sparse", "small_dense", "random_mask")
+    lines = [
+        "| network, blocks, epochs | accuracy: dense | sparse | narrower dense, same step time "
+        "| same densities at random | training step | inference | multiply-adds allow |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        settings, faster = result["settings"], result["speedup"]
+        blocks = "x".join(str(n) for n in settings["blocksize"])
+        cells = [f"{settings['model']}, {blocks}, {settings['epochs']}"]
+        cells += [f"{100 * result[column]['test_accuracy']:.1f} %" for column in columns]
+        cells += [f"{faster['train_step']:.2f}x", f"{faster['inference']:.2f}x", f"{1 / result['macs_kept']:.1f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = results[0]
+    about = (
+        f"{first['settings']['dataset']}, {100 * first['settings']['sparsity']:g} % sparse, batch "
+        f"{first['settings']['batch_size']}, {first['threads']} threads; speed-ups over dense torch, "
+        "optimizer and data included in the training step:"
+    )
+    return "\n".join([about, "", *lines])
+
+
+def replace_marked(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the lines ``<!-- name:begin -->`` and ``<!-- name:end -->``, in place of what is there.
 
     Raises:
         ValueError: the file has not exactly one of each marker, in that order.
     """
-    old = path.read_text()
-    head, begin, rest = old.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in head + tail:
-        raise ValueError(f"{path} must have one {BEGIN} and, after it, one {END}")
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, begin, rest = path.read_text().partition(first)
+    _, end, tail = rest.partition(last)
+    if not begin or not end or first in rest or last in head + tail:
+        raise ValueError(f"{path} must have one {first} and, after it, one {last}")
+    path.write_text(f"{head}{first}\n\n{text}\n\n{last}{tail}")
 
 
 def _title(header: dict[str, Any], threads: int, rows: Sequence[Row]) -> str:

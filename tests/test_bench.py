@@ -110,7 +110,7 @@ def test_command_writes_table_and_picture(bench, monkeypatch, tmp_path, capsys):
     assert "| a-linear |" in printed and "4.0x |" in printed
     assert (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{bench.plot.BEGIN}\nold\n{bench.plot.END}\nafter\n")
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     assert bench.plot.main([*plot, "--product", "forward", "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| a-linear |" in text
@@ -139,5 +139,14 @@ def test_markers_must_be_there(bench, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("nothing to replace\n")
     with pytest.raises(ValueError, match="must have one"):
-        bench.plot.replace_marked(path, "text")
+        bench.plot.replace_marked(path, "bench", "text")
     assert path.read_text() == "nothing to replace\n"
+
+
+def test_table_of_networks(bench):
+    accuracies = {"dense": 0.9, "sparse": 0.8, "small_dense": 0.7, "random_mask": 0.6}
+    settings = {"model": "net", "blocksize": [8, 8], "epochs": 3, "dataset": "data", "sparsity": 0.9, "batch_size": 100}
+    result = {name: {"test_accuracy": value} for name, value in accuracies.items()}
+    result |= {"settings": settings, "threads": 2, "macs_kept": 0.25, "speedup": {"train_step": 0.5, "inference": 2.0}}
+    row = bench.plot.network_table([result]).splitlines()[-1]
+    assert row == "| net, 8x8, 3 | 90.0 % | 80.0 % | 70.0 % | 60.0 % | 0.50x | 2.00x | 4.0x |"

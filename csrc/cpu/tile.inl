@@ -137,8 +137,17 @@ class PieceGather {
   // False where a load would leave the tensor; the tap is then not added.
   bool add_tap(const Run* runs, int n, int64_t i, int64_t j, int64_t tap) {
     const int64_t last = (in_.channels - 1) * plane_ + L, total = in_.images * in_.channels * plane_;
+    const int64_t place = i * w_.dilation[0] * in_.width + j * w_.dilation[1];
+    if (taps_ > 0 && w_.padding[0] == 0 && w_.padding[1] == 0) {
+      // No window hangs over an edge: the pieces are those of the first tap, further on.
+      const int64_t shift = place - place_of_first_;
+      if (highest_ + shift + last > total) return false;
+      tap_[taps_] = tap, shift_[taps_] = shift, begin_of_[taps_++] = 0;
+      return true;
+    }
     const int before = pieces_;
     int* begin = begin_ + taps_ * vectors_;
+    if (taps_ == 0) place_of_first_ = place, highest_ = 0;
     for (int64_t v = 0, run = 0; v < vectors_; v++) {
       begin[v] = pieces_;
       for (; run < n && runs[run].at < (v + 1) * L; run++) {
@@ -148,23 +157,25 @@ class PieceGather {
         if (low < high) {
           const int64_t offset = r.offset - shift;
           if (offset < 0 || offset + last > total) return pieces_ = before, false;
+          highest_ = std::max(highest_, offset);
           offset_[pieces_] = offset, mask_[pieces_++] = mask_between<T>(low, high);
         }
         if (runs[run].at + runs[run].length > (v + 1) * L) break;  // it goes on in the next vector
       }
     }
     begin[vectors_] = pieces_;
-    tap_[taps_++] = tap;
+    tap_[taps_] = tap, shift_[taps_] = 0, begin_of_[taps_] = taps_ * int(vectors_);
+    taps_++;
     return true;
   }
 
   void flush() {
     const int64_t lanes = vectors_ * L;
     for (int64_t c = 0; c < in_.channels; c++) {
-      const T* x = x_ + c * plane_;
       for (int t = 0; t < taps_; t++) {
+        const T* x = x_ + c * plane_ + shift_[t];
         T* to = panel_ + (tap_[t] * in_.channels + c) * lanes;
-        const int* begin = begin_ + t * vectors_;
+        const int* begin = begin_ + begin_of_[t];
         for (int64_t v = 0; v < vectors_; v++) {
           Mask<T> bits = {};
           for (int p = begin[v]; p < begin[v + 1]; p++) bits |= Mask<T>(load(x + offset_[p])) & mask_[p];
@@ -182,7 +193,9 @@ class PieceGather {
   T* panel_;
   const int64_t plane_;
   int taps_ = 0, pieces_ = 0;
-  int64_t tap_[kMaxTaps];
+  int64_t place_of_first_ = 0, highest_ = 0;
+  int64_t tap_[kMaxTaps], shift_[kMaxTaps];
+  int begin_of_[kMaxTaps];
   int begin_[kMaxTaps * (kMaxLanes / L) + 1];
   int64_t offset_[kMaxPieces];
   Mask<T> mask_[kMaxPieces];
