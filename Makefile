@@ -30,7 +30,7 @@ build: build/installed
 	@$(BIN)/cmake --build build/cmake
 
 # ---- the main job, on real data ---------------------------------------------------------------------------------------
-TRAIN := $(BIN)/sparsekern train --dataset fashion-mnist --sparsity 0.9 --pruner snip --compare-dense --seed 0
+TRAIN := $(BIN)/sparsekern train --dataset fashion-mnist --sparsity 0.9 --pruner snip --compare-dense --seed 0 --overwrite
 
 demo: build
 	$(TRAIN) --model lenet-300-100 --blocksize 1x1 --epochs 8 --out demo/lenet-300-100-1x1

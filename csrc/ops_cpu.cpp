@@ -75,6 +75,9 @@ void check_pair(const Tensor& a, const char* a_name, const Tensor& b, const char
   STD_TORCH_CHECK(b.scalar_type() == t, b_name, " must have the dtype of ", a_name);
 }
 
+// Asked first: a call through the dispatcher would cost a microsecond even where there is nothing to do.
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 bool is_channels_last(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(1) * t.size(3) &&
          t.stride(0) == t.size(1) * t.size(3) * t.size(2);
@@ -83,7 +86,7 @@ bool is_channels_last(const Tensor& t) {
 // The tensor, made contiguous in one of the two memory formats if it is in neither.
 Tensor image_layout(const Tensor& t, bool& channels_last) {
   channels_last = !t.is_contiguous() && is_channels_last(t);
-  return channels_last ? t : torch::stable::contiguous(t);
+  return channels_last ? t : packed(t);
 }
 
 Tensor new_image(const Tensor& like, const Ints& sizes, bool channels_last) {
@@ -176,7 +179,7 @@ sk::Images samples(const Tensor& t) {
 
 Tensor linear_product(const Tensor& x, const Tensor& values, const Tensor* bias, const Tensor& plan, int64_t rows) {
   check_pair(x, "input", values, "values");
-  const Tensor xc = torch::stable::contiguous(x), vc = torch::stable::contiguous(values);
+  const Tensor xc = packed(x), vc = packed(values);
   Tensor y = torch::stable::new_empty(x, leading(x, rows));
   const sk::Images in = samples(xc), out = samples(y);
   product(Kind::kForward, read_plan(plan, rows, in.channels, vc), vc, bias, xc, y, in, out, kPixel);
@@ -187,7 +190,7 @@ std::optional<Tensor> contiguous_bias(const std::optional<Tensor>& bias, const T
   if (!bias) return std::nullopt;
   check_pair(x, "input", *bias, "bias");
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == rows, "bias must have ", rows, " entries");
-  return torch::stable::contiguous(*bias);
+  return packed(*bias);
 }
 
 Tensor bsr_linear(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor&,
@@ -204,7 +207,7 @@ Tensor bsr_linear_dgrad(const Tensor& grad_output, const Tensor& values, const T
 Gradients bsr_linear_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor&, const Tensor& col_indices,
                            const Tensor& plan, const Ints blocksize, bool bias) {
   check_pair(input, "input", grad_output, "grad_output");
-  const Tensor xc = torch::stable::contiguous(input), gc = torch::stable::contiguous(grad_output);
+  const Tensor xc = packed(input), gc = packed(grad_output);
   const sk::Images in = samples(xc), out = samples(gc);
   STD_TORCH_CHECK(in.images == out.images, "input and grad_output must have one batch size, got ", in.images, " and ",
                   out.images);
@@ -230,7 +233,7 @@ Tensor bsr_conv2d(const Tensor& input, const Tensor& values, const std::optional
   check_pair(input, "input", values, "values");
   const auto b = contiguous_bias(bias, input, out_channels);
   bool x_last;
-  const Tensor xc = image_layout(input, x_last), vc = torch::stable::contiguous(values);
+  const Tensor xc = image_layout(input, x_last), vc = packed(values);
   const sk::Images in = image_view(xc, x_last);
   Tensor y =
       new_image(input,
@@ -250,7 +253,7 @@ Tensor bsr_conv2d_dgrad(const Tensor& grad_output, const Tensor& values, const T
   STD_TORCH_CHECK(grad_output.dim() == 4, "grad_output must be 4-D");
   check_pair(grad_output, "grad_output", values, "values");
   bool g_last;
-  const Tensor gc = image_layout(grad_output, g_last), vc = torch::stable::contiguous(values);
+  const Tensor gc = image_layout(grad_output, g_last), vc = packed(values);
   const sk::Images in = image_view(gc, g_last);
   Tensor y = new_image(grad_output, {in.images, in_channels, input_size[0], input_size[1]}, channels_last);
   const sk::Images out = image_view(y, channels_last);

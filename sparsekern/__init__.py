@@ -8,7 +8,7 @@ Block-sparse ``Linear`` and ``Conv2d``, forward and backward, on compiled kernel
 
 __version__ = "0.1.0"
 
-from . import functional, isometry, nn, prune
+from . import functional, isometry, models, nn, prune
 from .checkpoint import load_, save
 from .convert import densify_, sparsify_
 from .nn import SparseConv2d, SparseLinear
@@ -22,6 +22,7 @@ __all__ = [
     "functional",
     "isometry",
     "load_",
+    "models",
     "nn",
     "prune",
     "save",

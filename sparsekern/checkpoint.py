@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .convert import densify_, sparsify_
 from .eligible import convertible
@@ -39,6 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         TypeError: the ``state_dict`` holds something other than dense tensors (extra state), named by its key.
         OSError: ``path`` cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     tensors, aliases = _without_aliases(model.state_dict())
     layers = {name: _spec(layer)._asdict() for name, layer in _sparse_layers(model).items()}
     metadata = {"format_version": FORMAT_VERSION, "layers": json.dumps(layers), "aliases": json.dumps(aliases)}
@@ -46,6 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     draft = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, draft, metadata)
+        draft.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         os.replace(draft, target)
     except SafetensorError as error:
         raise OSError(f"cannot write {target}: {error}") from error
@@ -76,11 +80,19 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         _check_state(state, _expected(model, specs, patterns))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
-    densify_(model, names=[name for name in _sparse_layers(model) if name not in stays])
-    wanted = _Patterns({name: pattern for name, pattern in patterns.items() if name not in stays})
-    wanted.drop_bias = drop_bias
-    sparsify_(model, wanted)
-    model.load_state_dict(state)
+    modules = {module: dict(module._modules) for module in model.modules()}
+    try:
+        densify_(model, names=[name for name in _sparse_layers(model) if name not in stays])
+        wanted = _Patterns({name: pattern for name, pattern in patterns.items() if name not in stays})
+        wanted.drop_bias = drop_bias
+        sparsify_(model, wanted)
+        model.load_state_dict(state)
+    except BaseException:
+        # Out of memory, say: what is checked above does not fail. Layers return; so do their weights, which
+        # load_state_dict reaches last.
+        for module, children in modules.items():
+            module._modules.update(children)
+        raise
 
 
 class _Spec(NamedTuple):
@@ -93,6 +105,11 @@ class _Spec(NamedTuple):
     groups: int | None
     bias: bool
 
+    def words(self) -> str:
+        """For messages; the blocksize may differ and is not said."""
+        kernel = f", kernel_size {self.kernel_size}, groups {self.groups}" if self.kernel_size else ""
+        return f"{self.type} {self.shape}{kernel}, {'with' if self.bias else 'without'} bias"
+
 
 class _Patterns(dict[str, BlockPattern]):
     drop_bias: frozenset[str]
@@ -101,6 +118,12 @@ class _Patterns(dict[str, BlockPattern]):
 def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, SparseLayer)}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _spec(layer: nn.Module) -> _Spec:
@@ -193,6 +216,10 @@ def _pattern(name: str, spec: _Spec, state: Mapping[str, Tensor]) -> BlockPatter
         pattern = BlockPattern(state[keys[0]], state[keys[1]], spec.shape, spec.blocksize)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the pattern of {name!r}: {error}") from error
+    padded = math.prod(-(-size // block) * block for size, block in zip(pattern.shape, pattern.blocksize, strict=True))
+    if padded > 16 * math.prod(spec.shape) + 2**20:
+        # Dense copies are padded to whole blocks: a few bytes of file would ask for any amount of memory.
+        raise ValueError(f"the blocksize {spec.blocksize} of {name!r} is far beyond its shape, {spec.shape}")
     check_values(state[keys[2]], pattern, keys[2])
     return pattern
 
@@ -209,7 +236,7 @@ def _check_layers(
             raise ValueError(f"{name!r} cannot be sparse in this model: {reasons.get(name, 'it is no such layer')}")
         here = _spec(layer)
         if here._replace(blocksize=spec.blocksize, bias=here.bias and spec.bias) != spec:
-            raise ValueError(f"{name!r} must be {here} as in the model (but for the blocksize), got {spec}")
+            raise ValueError(f"{name!r} must be {here.words()}, as in the model, got {spec.words()}")
         if isinstance(layer, SparseLayer) and layer.pattern == patterns[name] and here.bias == spec.bias:
             stays.add(name)
         elif here.bias and not spec.bias:
@@ -228,6 +255,9 @@ def _expected(model: nn.Module, specs: Mapping[str, _Spec], patterns: Mapping[st
     sparse = _sparse_layers(model)
     changing = sparse.keys() | specs.keys()
     state = model.state_dict()
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(f"{key} of the model must be a tensor with data, got {_kind(tensor)}")
     expected = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] not in changing}
     for name in changing:
         spec = specs.get(name) or _spec(sparse[name])
@@ -243,6 +273,12 @@ def _expected(model: nn.Module, specs: Mapping[str, _Spec], patterns: Mapping[st
     return expected
 
 
+def _kind(entry: object) -> str:
+    if isinstance(entry, Tensor) and not is_lazy(entry):
+        return "one on the meta device"
+    return type(entry).__name__
+
+
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for what, keys in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if keys:
@@ -250,5 +286,13 @@ def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
             raise ValueError(f"{key} must have shape {tuple(tensor.shape)}, got {tuple(state[key].shape)}")
-        if not torch.can_cast(state[key].dtype, tensor.dtype):
+        if not _casts(state[key].dtype, tensor.dtype):
             raise ValueError(f"{key} must be {tensor.dtype} or of a kind that casts to it, got {state[key].dtype}")
+
+
+def _casts(source: torch.dtype, target: torch.dtype) -> bool:
+    try:
+        torch.empty(1, dtype=source).to(target)
+    except (RuntimeError, NotImplementedError):
+        return False  # torch.can_cast also says yes to packed 4-bit types, which nothing can copy
+    return torch.can_cast(source, target)

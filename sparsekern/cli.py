@@ -36,15 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"sparsekern: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        errors.print("sparsekern: stopped before anything was measured", markup=False)
+        errors.print("sparsekern: stopped before anything was measured; nothing was written", markup=False)
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import data, models
+    from . import __version__, data, models
     from .train.settings import BACKENDS, PRUNERS, Settings
 
     parser = argparse.ArgumentParser("sparsekern", description="Sparse neural-network training, measured.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train", help="prune a network before training, train it sparse, and compare it with dense torch"
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=int, default=Settings.seed, metavar="S", help=default)
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    train.add_argument("--overwrite", action="store_true", help="replace the earlier run that --out holds")
     train.add_argument("--batch-size", type=int, default=Settings.batch_size, metavar="N", help=default)
     train.add_argument("--lr", type=float, help="peak of the one-cycle schedule; default: 0.1, lenet-5-caffe 0.05")
     train.add_argument(
@@ -76,14 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
     train.add_argument("--backend", choices=BACKENDS, default=Settings.backend, help=f"of the sparse layers; {default}")
     summary = commands.add_parser("summary", help="one table of several runs, and where their plots are")
-    summary.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out of a run")
+    summary.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out of a run, or a folder of such")
     info = commands.add_parser("info", help="versions, processor and which kernels are at hand")
     info.add_argument("--json", action="store_true")
     return parser
 
 
 def _blocksize(text: str) -> tuple[int, int]:
-    height, x, width = text.partition("x")
+    height, x, width = text.lower().partition("x")
     if not (x and height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be two whole numbers such as 8x8, got {text!r}")
     return int(height), int(width)
@@ -104,7 +106,12 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
     except Interrupted as stopped:
         result, code = stopped.result, INTERRUPTED
     console.print(report.run_table(result))
-    console.print(f"results and plots: {settings.out}", highlight=False, markup=False, soft_wrap=True)
+    lines = [f"results and plots: {settings.out}"]
+    if result["model_file"]:
+        name, epoch = result["model_file"]["name"], result["model_file"]["epoch"]
+        lines.append(f"sparse network after epoch {epoch} of {settings.epochs}: {settings.out / name}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return code
 
 

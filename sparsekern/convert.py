@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .eligible import convertible
+from .functional import resolve
 from .nn import SparseConv2d, SparseLayer, SparseLinear, ddp_ignore_
 from .optimizer import Swap, check_state, forbid, swap_parameters
 from .pattern import BlockPattern
@@ -36,7 +37,8 @@ class LayerReport:
     kept: int
     weights: int
     bias: bool
-    backend: str
+    backend: str  # what runs: "cpu" or "reference"
+    dead_outputs: int  # rows without a weight
 
     @property
     def density(self) -> float:
@@ -80,6 +82,11 @@ class Report:
         padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in (header, *rows)]
         lines = ["  ".join(row).rstrip() for row in padded]
         lines.append(f"{len(rows)} converted, sparsity {self.sparsity:.2%}")
+        lines += [
+            f"{row.name}: {row.dead_outputs} of {row.shape[0]} outputs have no weight left, they are constant"
+            for row in self.converted
+            if row.dead_outputs
+        ]
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 
@@ -174,7 +181,10 @@ def _checked(
     layers, reasons = convertible(model)
     for name, pattern in patterns.items():
         if not isinstance(pattern, BlockPattern):
-            raise TypeError(f"patterns[{name!r}] must be a BlockPattern, got {type(pattern).__name__}")
+            raise TypeError(
+                f"patterns[{name!r}] must be a BlockPattern, got {type(pattern).__name__}; "
+                "BlockPattern.from_dense(mask, blocksize) makes one of a mask of the weight"
+            )
         if name not in modules:
             raise ValueError(f"patterns names {name!r}, which is no module of the model")
         if name == "":
@@ -209,6 +219,9 @@ def _replace(model: nn.Module, layers: Mapping[str, nn.Module], swaps: list[Swap
     """The one place where the model changes; only the check of the optimizer, which comes first, can fail."""
     if optimizer is not None:
         check_state(optimizer, swaps)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if swaps and not any(id(swap.old) in held for swap in swaps):
+            raise ValueError("optimizer holds no parameter of the layers to convert: is it another model's?")
         swap_parameters(optimizer, swaps)
     for name, layer in layers.items():
         parent_name, _, child = name.rpartition(".")
@@ -275,5 +288,6 @@ def _row(name: str, layer: SparseLayer) -> LayerReport:
         kept=pattern.nnz,
         weights=pattern.shape[0] * pattern.shape[1],
         bias=layer.bias is not None,
-        backend=layer.backend,
+        backend=resolve(layer.backend, layer.values.device.type),
+        dead_outputs=pattern.dead_rows().numel(),
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .pattern import BlockPattern
+from .pattern import INT32_MAX, BlockPattern
 from .plan import Kernel, Plans, make_plans
 
 Backend = Literal["auto", "cpu", "reference"]
@@ -67,7 +67,7 @@ def bsr_linear(
     if _plain(x, values, pattern, bias, backend):
         plans = prepare(pattern)
         try:
-            if torch.is_grad_enabled():
+            if _differentiates():
                 return _Linear.apply(x, values, bias, pattern, plans)
             return _linear(x, values, bias, plans[0], plans[1], plans[2], pattern.shape[0])
         except RuntimeError:
@@ -75,10 +75,10 @@ def bsr_linear(
             raise
     x, values, bias, result = _linear_arguments(x, values, pattern, bias)
     plans, outputs = prepare(pattern), pattern.shape[0]
-    if not _use_kernels(backend, x):
+    if resolve(backend, x.device.type) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             y = reference.bsr_linear(x, values, bias, plans.crow_indices, plans.col_indices, plans.forward, outputs)
-    elif torch.is_grad_enabled():
+    elif _differentiates():
         y = _Linear.apply(x, values, bias, pattern, plans)
     else:
         y = _linear(x, values, bias, plans.crow_indices, plans.col_indices, plans.forward, outputs)
@@ -141,11 +141,11 @@ def bsr_conv2d(
         )
     channels_last = torch._prims_common.suggest_memory_format(images) == torch.channels_last
     plans = prepare(pattern, (*conv.kernel_size, groups))
-    if not _use_kernels(backend, x):
+    if resolve(backend, x.device.type) == "reference":
         crow, col, plan = plans[:3]
         with torch.autocast(x.device.type, enabled=False):
             y = reference.bsr_conv2d(images, values, bias, crow, col, plan, pattern.shape[0], *conv, channels_last)
-    elif torch.is_grad_enabled():
+    elif _differentiates():
         y = _Conv2d.apply(images, values, bias, pattern, plans, conv, channels_last)
     else:
         y = _conv2d(images, values, bias, *plans[:3], pattern.shape[0], *conv, channels_last)
@@ -319,18 +319,24 @@ def _conv_wgrad(
     return grad_values, grad_bias if bias else None
 
 
-def _use_kernels(backend: Backend, x: Tensor) -> bool:
+def resolve(backend: Backend, device_type: str) -> Literal["cpu", "reference"]:
+    """What ``backend`` means for tensors on a device of that type; only "auto" leaves a choice.
+
+    Raises:
+        ValueError: an unknown backend, or "cpu" for another device.
+        RuntimeError: "cpu" and no kernels are built.
+    """
     if backend == "reference":
-        return False
-    if backend not in ("auto", "cpu"):
+        return "reference"
+    if backend == "auto":
+        return "cpu" if device_type == "cpu" and not ops.CPU_KERNELS_MISSING else "reference"
+    if backend != "cpu":
         raise ValueError(f'backend must be "auto", "cpu" or "reference", got {backend!r}')
-    if backend == "cpu":
-        if ops.CPU_KERNELS_MISSING:
-            raise RuntimeError(f'backend="cpu" needs the compiled kernels: {ops.CPU_KERNELS_MISSING}')
-        if x.device.type != "cpu":
-            raise ValueError(f'backend="cpu" needs tensors on the CPU, got x on {x.device}')
-        return True
-    return x.device.type == "cpu" and not ops.CPU_KERNELS_MISSING
+    if ops.CPU_KERNELS_MISSING:
+        raise RuntimeError(f'backend="cpu" needs the compiled kernels: {ops.CPU_KERNELS_MISSING}')
+    if device_type != "cpu":
+        raise ValueError(f'backend="cpu" needs tensors on the CPU, got x on {device_type}')
+    return "cpu"
 
 
 def _arguments(
@@ -363,6 +369,11 @@ def _arguments(
     if device.type == "cpu":
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {dtype}")
     return x, values, bias, None
+
+
+def _differentiates() -> bool:
+    """Whether autograd has to see the call: forward mode, which the Functions refuse, can be on without gradients."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _plain(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None, backend: Backend) -> bool:
@@ -442,6 +453,6 @@ def _convolution(
 
 def _pair(name: str, value: Size2, minimum: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(type(n) is int and n >= minimum for n in pair):
-        raise ValueError(f"{name} must be an int or two ints of at least {minimum}, got {value!r}")
+    if len(pair) != 2 or not all(type(n) is int and minimum <= n <= INT32_MAX for n in pair):
+        raise ValueError(f"{name} must be an int or two ints of at least {minimum} that fit int32, got {value!r}")
     return pair

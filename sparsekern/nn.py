@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import functional
 from .eligible import why_not
 from .functional import Backend
+from .optimizer import Swap, forbid
 from .pattern import BlockPattern
 from .weights import weight_from_matrix, weight_matrix
 
@@ -130,9 +131,17 @@ class SparseLayer(nn.Module):
             error_msgs.append(str(error))
             return
         if pattern != self._pattern:
-            # The Parameter stays the object it is, for whoever holds it; what follows the old shape cannot stay.
-            self.values.grad = None
-            self.values.data = self.values.new_empty(pattern.values_shape)
+            # Other weights, so another Parameter: what optimizers and graphs keep belongs to the old one, and an
+            # optimizer that goes on with it raises.
+            values = state_dict[prefix + "values"].detach()
+            try:
+                values = values.to(self.values, copy=True)  # before anything has changed, as it can fail
+            except (RuntimeError, NotImplementedError) as error:
+                error_msgs.append(f"{prefix}values cannot be copied: {error}")
+                return
+            old = self.values
+            self.values = nn.Parameter(values.contiguous(), requires_grad=old.requires_grad)
+            forbid([Swap(prefix.removesuffix("."), old, self.values, _no_state, "values", "values")])
             self._set_pattern(pattern)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -152,7 +161,9 @@ class SparseLayer(nn.Module):
         try:
             pattern = BlockPattern(crow, col, self._pattern.shape, self._pattern.blocksize)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{prefix}crow_indices, {prefix}col_indices: {error}") from error
+            raise ValueError(
+                f"{prefix}crow_indices, {prefix}col_indices, for blocks of {self._pattern.blocksize} as here: {error}"
+            ) from error
         if pattern != self._pattern and not given.keys() >= {"values", *INDEX_BUFFERS}:
             raise ValueError(f"{prefix}values, crow_indices and col_indices must come together to change the pattern")
         check_values(merged["values"], pattern, f"{prefix}values")
@@ -342,6 +353,10 @@ def check_values(values: Tensor, pattern: BlockPattern, name: str) -> None:
         return
     if bool((values[~pattern.to(values.device).edge_mask()] != 0).any()):
         raise ValueError(f"{name} is not 0 where blocks overhang the edge of the weight, {pattern.shape}")
+
+
+def _no_state(state: Tensor) -> Tensor:
+    raise NotImplementedError("optimizer state cannot follow a layer to another pattern")
 
 
 def _overhangs(pattern: BlockPattern) -> bool:

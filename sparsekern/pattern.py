@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .weights import weight_matrix
+
 if TYPE_CHECKING:
     import scipy.sparse
 
@@ -181,7 +183,14 @@ class BlockPattern:
 
     @classmethod
     def from_dense(cls, weight: Tensor, blocksize: tuple[int, int]) -> BlockPattern:
-        """The blocks of a matrix (weights or an elementwise mask, [rows, columns]) that hold anything but zero."""
+        """The blocks of a weight that hold anything but zero.
+
+        Args:
+            weight: weights or an elementwise mask, [rows, columns], or [C_out, C_in / groups, kh, kw] of a convolution.
+            blocksize: (bh, bw).
+        """
+        if isinstance(weight, Tensor) and weight.dim() == 4:
+            weight = weight_matrix(weight)
         _check_tensor("weight", weight, 2)
         bh, bw = _int_pair("blocksize", blocksize, minimum=1)
         rows, cols = weight.shape

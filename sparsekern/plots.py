@@ -58,7 +58,7 @@ def title(result: Mapping[str, Any]) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.part")
     figure.savefig(part, format="png", dpi=130)
     part.replace(path)
 

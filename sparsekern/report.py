@@ -53,16 +53,22 @@ def run_table(result: Mapping[str, Any]) -> RenderableType:
 def summary_table(folders: Sequence[Path]) -> RenderableType:
     """One column per run, from the result.json of each folder, and where the plots are.
 
+    Args:
+        folders: of runs, or folders whose sub-folders are, each standing for all of them.
+
     Raises:
-        FileNotFoundError: a folder without result.json.
+        FileNotFoundError: a folder without result.json, in it or in a sub-folder.
         ValueError: a result.json that is not one of ours.
     """
+    folders = [run for folder in folders for run in _runs_in(folder)]
     results = [read_result(folder) for folder in folders]
     settings = [result["settings"] for result in results]
     table = Table(title="Speed-ups are against dense torch, measured in the same run.", title_justify="left")
     table.add_column("")
     for folder, result in zip(folders, results, strict=True):
-        table.add_column(folder.name + ("" if result["complete"] else "\n(incomplete)"), justify="right")
+        remark = "" if result["complete"] else "\n(incomplete)"
+        remark += "\n(busy machine)" if result.get("trustworthy") is False else ""
+        table.add_column(folder.name + remark, justify="right")
     table.add_row("model", *(s["model"] for s in settings))
     table.add_row("data", *(s["dataset"] for s in settings))
     table.add_row("blocks", *("x".join(map(str, s["blocksize"])) for s in settings))
@@ -87,7 +93,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     """The result.json of a run's folder."""
     path = folder / "result.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no folder of a run: it has no result.json")
+        raise FileNotFoundError(f"{folder} is no folder of a run, nor of runs: no result.json in it or one level below")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -96,6 +102,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not result.keys() >= needed:
         raise ValueError(f"{path} is not the result of a training run: it needs the keys {', '.join(sorted(needed))}")
     return result
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "result.json").is_file():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/result.json")) or [folder]
 
 
 def _plots_in(folder: Path) -> list[str]:
@@ -111,8 +123,20 @@ def _get(figures: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
     notes = []
+    if result.get("trustworthy") is False:
+        notes.append(
+            "WARNING: the machine was busy: figures are not to be trusted. (Samples of the training step disagree, "
+            "or a speed-up is above what its multiply-adds allow.)"
+        )
     if not result["complete"]:
         notes.append("INCOMPLETE: the run was stopped; these are the figures measured until then.")
+    layers = result.get("layers", ())
+    if any(layer["blocksize"] != result["settings"]["blocksize"] for layer in layers):
+        blocks = ", ".join(f"{layer['name']} {'x'.join(map(str, layer['blocksize']))}" for layer in layers)
+        notes.append(
+            f"blocks: {blocks} (the classifier and layers of fewer than 4 block rows or columns get 1x1; a "
+            "convolution's block stays in one tap)."
+        )
     if result["settings"]["dataset"] == "synthetic":
         notes.append("Synthetic data: the accuracies say nothing about real images.")
     if result.get("kernels") == "reference":
@@ -132,6 +156,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if result["speedup"] is not None:
         notes.append(
             f"Speed-ups: median of ratios to dense torch, timed in turn in this run, {result['threads']} threads, "
-            f"batch {result['settings']['batch_size']}; 'whole training' is the ratio of the total seconds above."
+            f"batch {result['settings']['batch_size']}; 'whole training' is the ratio of the total seconds above, "
+            "of networks trained one after the other."
         )
     return notes

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern import cli, report, train
+from sparsekern import __version__, cli, report, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +58,45 @@ def test_table_says_everything(small_run, capsys, monkeypatch):
         assert label.strip() in text
     for word in ("dense", "sparse", "small_dense", "random_mask", "Synthetic data", "best speed-up", "hidden width"):
         assert word in text
+
+
+def test_table_warns_of_a_busy_machine(small_run, capsys, monkeypatch):
+    wide(monkeypatch)
+    for trusted in (True, False):
+        cli.Console().print(report.run_table(report.read_result(small_run) | {"trustworthy": trusted}))
+        assert ("the machine was busy: figures are not to be trusted" in capsys.readouterr().out) is not trusted
+
+
+def test_table_names_the_real_blocks(small_run, capsys, monkeypatch):
+    wide(monkeypatch)
+    cli.Console().print(report.run_table(report.read_result(small_run)))
+    assert "blocks: fc1 8x8, fc2 8x8, fc3 1x1 (the classifier" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_not_overwritten(small_run, capsys, monkeypatch):
+    wide(monkeypatch)
+    before = {path.name: path.read_bytes() for path in small_run.iterdir()}
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--out", str(small_run)])
+    assert caught.value.code == 2
+    assert f"{small_run} holds an earlier run; give --overwrite or another --out" in capsys.readouterr().err
+    words = ["--overwrite", "--dataset", "synthetic", "--sparsity", "0.9999", "--blocksize", "8X8"]
+    assert cli.main(["train", "--out", str(small_run), *words]) == 1
+    assert "cannot prune with --sparsity 0.9999 --blocksize 8x8: " in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in small_run.iterdir()} == before
+
+
+def test_summary_of_a_folder_of_runs(small_run, capsys, monkeypatch):
+    wide(monkeypatch)
+    assert cli.main(["summary", str(small_run.parent)]) == 0
+    assert str(small_run) in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"sparsekern {__version__}\n"
 
 
 def test_table_of_a_run_stopped_at_once(small_run, capsys, monkeypatch):
@@ -150,6 +189,8 @@ def test_signals_end_a_run_cleanly(number, tmp_path):
     assert process.returncode == cli.INTERRUPTED, error
     assert "INCOMPLETE" in out
     assert "Traceback" not in error
+    assert f"of 1000: {tmp_path / 'model.safetensors'}" in out
+    assert (tmp_path / "model.safetensors").is_file()
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["complete"] is False
     assert result["sparse"]["test_accuracy"] > 0

@@ -14,6 +14,7 @@ from sparsekern.convert import densify_, sparsify_
 from sparsekern.eligible import convertible
 from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.optimizer import _replaced
+from sparsekern.pattern import BlockPattern
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -118,7 +119,7 @@ def test_report():
     assert report.left_out == {"head.3": "not in patterns"}
     (conv, linear) = report.converted
     assert (conv.name, conv.kind, conv.shape, conv.blocksize) == ("conv", "conv2d", (6, 18), (4, 4))
-    assert (linear.kind, linear.bias, linear.backend) == ("linear", True, "auto")
+    assert (linear.kind, linear.bias, linear.backend) == ("linear", True, "cpu")
     assert conv.density == patterns["conv"].density
     data = json.loads(json.dumps(report.as_dict()))
     assert data["sparsity"] == report.sparsity
@@ -367,3 +368,19 @@ def test_the_guard_holds_no_memory():
     del optimizer
     gc.collect()
     assert len(_replaced) == before
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)
+    pattern = BlockPattern.from_mask(torch.eye(2, dtype=torch.bool), (4, 4))
+    with pytest.raises(ValueError, match="optimizer holds no parameter"):
+        sparsify_(model, {"0": pattern}, torch.optim.SGD(other.parameters(), lr=0.1))
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_report_counts_outputs_without_weights() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    mask = torch.tensor([[True, False], [False, False]])
+    report = sparsify_(model, {"0": BlockPattern.from_mask(mask, (4, 4))})
+    assert report.converted[0].dead_outputs == 4
+    assert "0: 4 of 8 outputs have no weight left" in str(report)

@@ -245,7 +245,7 @@ def test_state_dict_round_trip_also_to_another_pattern(assign, other_seed):
     other.load_state_dict(layer.state_dict(), assign=assign)
     assert other.pattern == layer.pattern
     assert torch.equal(other.values, layer.values)
-    assert assign or other.values is values
+    assert (other.values is values) == (not assign and other_seed == 0)
     assert other_seed == 0 or other.values.grad is None
     assert torch.equal(other.col_indices, layer.col_indices)
     assert other.col_indices.data_ptr() != layer.col_indices.data_ptr()
@@ -254,6 +254,41 @@ def test_state_dict_round_trip_also_to_another_pattern(assign, other_seed):
     other.zero_grad()
     other(x).sum().backward()
     assert other.values.grad.shape == layer.values.shape
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_another_pattern_leaves_the_old_parameter_to_its_holders(assign):
+    layer, other = linear(), linear(seed=1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
+    layer(torch.randn(3, 10)).sum().backward()
+    optimizer.step()
+    x = torch.randn(3, 10, requires_grad=True)
+    y, old, before = layer(x).sum(), layer.values, layer.values.detach().clone()
+    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(old, before)
+    assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+    with pytest.raises(RuntimeError, match="still holds parameters"):
+        optimizer.step()
+
+
+def test_values_that_cannot_be_copied_change_nothing():
+    layer, other = linear(), linear(seed=1)
+    pattern, before = layer.pattern, layer.values.detach().clone()
+    state = other.state_dict()
+    state["values"] = state["values"].to("meta")
+    with pytest.raises(RuntimeError, match="values cannot be copied"):
+        layer.load_state_dict(state)
+    assert layer.pattern is pattern
+    assert torch.equal(layer.values, before)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_refused(grad):
+    """Not answered with zeros, which is what an op without a rule gives."""
+    layer = linear()
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError):
+        torch.func.jvp(layer, (torch.randn(2, 10),), (torch.ones(2, 10),))
 
 
 def test_load_state_dict_takes_int64_and_other_dtypes():

@@ -272,7 +272,15 @@ def test_bad_masks_and_scores() -> None:
     with pytest.raises(ValueError, match=r"weight must have shape \(7, 10\), got \(10, 7\)"):
         example().gather(torch.ones(10, 7))
     with pytest.raises(ValueError, match="weight must be 2-D"):
-        BlockPattern.from_dense(torch.ones(2, 2, 1, 1), (1, 1))
+        BlockPattern.from_dense(torch.ones(2, 2, 1), (1, 1))
+
+
+def test_from_dense_takes_the_weight_of_a_convolution() -> None:
+    weight = torch.zeros(4, 3, 2, 2)
+    weight[1, 2, 1, 0] = 1  # tap 2, channel 2
+    pattern = BlockPattern.from_dense(weight, (1, 1))
+    assert pattern.shape == (4, 12)
+    assert pattern.to_mask().nonzero().tolist() == [[1, 2 * 3 + 2]]
 
 
 @settings(max_examples=300)

@@ -11,7 +11,8 @@ from torch import nn
 from sparsekern import checkpoint, data, models, plots
 from sparsekern.convert import sparsify_
 from sparsekern.pattern import BlockPattern
-from sparsekern.train import Interrupted, Settings, measure, run
+from sparsekern.timing import Timing
+from sparsekern.train import Interrupted, Settings, measure, output, run
 from sparsekern.train.loop import Recipe, Trainer, as_format, one_cycle
 
 RECIPE = Recipe(epochs=1, batch_size=100, lr=0.1, seed=3)
@@ -138,6 +139,7 @@ def test_result_holds_every_figure(finished):
     result, out = finished
     assert json.loads(json.dumps(result)) == json.loads((out / "result.json").read_text())
     assert result["complete"] is True
+    assert isinstance(result["trustworthy"], bool)
     assert result["command"] == "sparsekern train --out 'a folder'"
     assert result["seed"] == 5
     assert result["threads"] >= 1
@@ -211,18 +213,38 @@ def test_convolutions_with_isometry_and_unstructured(tmp_path):
     assert (tmp_path / plots.FIRST_LAYER).exists()
 
 
-def test_interrupted_run_keeps_what_it_has(tmp_path):
-    (tmp_path / plots.SPEEDUP).write_text("of an earlier run")
+EARLIER = ("result.json", "history.csv", "model.safetensors", plots.SPEEDUP)
 
-    def stop(what: str, done: int, total: int, note: str) -> None:
-        if what == "training small_dense":
-            raise KeyboardInterrupt
 
-    settings = Settings(threads=1, out=tmp_path, dataset="synthetic", epochs=1, rounds=1, compare_dense=True)
-    with pytest.raises(Interrupted) as caught:
-        run(settings, [], stop)
+def earlier_run(folder):
+    for name in EARLIER:
+        (folder / name).write_text("of an earlier run")
+
+
+def is_untouched(folder):
+    texts = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return texts == dict.fromkeys(EARLIER, b"of an earlier run")
+
+
+def stop_at(stage, error):
+    def progress(what: str, done: int, total: int, note: str) -> None:
+        if what == stage and (done or not total):
+            raise error
+
+    return progress
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+def test_stopped_run_keeps_what_it_has(tmp_path, error):
+    earlier_run(tmp_path)
+    settings = Settings(
+        threads=1, out=tmp_path, dataset="synthetic", epochs=1, rounds=1, compare_dense=True, overwrite=True
+    )
+    with pytest.raises((Interrupted, FloatingPointError)) as caught:
+        run(settings, [], stop_at("training small_dense", error))
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result == json.loads(json.dumps(caught.value.result))
+    if error is KeyboardInterrupt:
+        assert result == json.loads(json.dumps(caught.value.result))
     assert result["complete"] is False
     assert result["dense"]["test_accuracy"] > 0.5
     assert result["sparse"]["train_steps"] == 60
@@ -231,13 +253,56 @@ def test_interrupted_run_keeps_what_it_has(tmp_path):
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
     assert (tmp_path / plots.CURVES).exists()
     assert not (tmp_path / plots.SPEEDUP).exists()
+    checkpoint.load_(lenet(), tmp_path / "model.safetensors")
 
 
-def test_divergence_is_an_error_and_written_as_incomplete(tmp_path):
-    settings = Settings(threads=1, out=tmp_path, dataset="synthetic", epochs=1, lr=1e9, rounds=1)
-    with pytest.raises(FloatingPointError, match="smaller lr"):
-        run(settings, [])
-    assert json.loads((tmp_path / "result.json").read_text())["complete"] is False
+@pytest.mark.parametrize(
+    ("change", "progress", "error"),
+    [
+        ({"sparsity": 0.9999}, None, ValueError),
+        ({"lr": 1e9}, None, FloatingPointError),
+        ({}, stop_at("training sparse", KeyboardInterrupt), KeyboardInterrupt),
+    ],
+)
+def test_earlier_run_survives_one_without_results(tmp_path, change, progress, error):
+    earlier_run(tmp_path)
+    settings = Settings(tmp_path, dataset="synthetic", epochs=1, rounds=1, threads=1, overwrite=True, **change)
+    with pytest.raises(error):
+        run(settings, [], progress or (lambda *news: None))
+    assert is_untouched(tmp_path)
+
+
+def test_network_is_saved_after_every_epoch(tmp_path, dataset):
+    """What lies in the folder when the second epoch is at work, as a killed process would leave it."""
+    seen = []
+
+    def progress(what: str, done: int, total: int, note: str) -> None:
+        if what == "training sparse" and 60 < done < total:
+            model = lenet(seed=1)
+            checkpoint.load_(model, tmp_path / "model.safetensors")
+            result = json.loads((tmp_path / "result.json").read_text())
+            seen.append((Trainer(model, dataset, RECIPE).accuracy(), result["sparse"]["test_accuracy"]))
+            assert result["model_file"] == {"name": "model.safetensors", "epoch": 1}
+            assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "result.json", "history.csv"}
+
+    run(Settings(tmp_path, dataset="synthetic", epochs=2, rounds=1, threads=1), [], progress)
+    assert seen
+    assert all(loaded == written for loaded, written in seen)
+
+
+def test_leftovers_of_a_killed_run_go(tmp_path):
+    for name in (plots.CURVES, f"{plots.CURVES}.part", "result.json.part", "model.safetensors.1a.tmp", "notes.txt"):
+        (tmp_path / name).touch()
+    output.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_trustworthy_figures():
+    quiet, noisy = Timing((1.0,) * 9 + (9.0,)), Timing((1.0,) * 5 + (1.6,) * 5)
+    assert measure.trustworthy({"dense": quiet, "sparse": quiet, "small_dense": noisy}, (10.9, 1.0), 10.0)
+    assert not measure.trustworthy({"dense": quiet, "sparse": quiet}, (1.0, 11.1), 10.0)
+    assert not measure.trustworthy({"dense": noisy, "sparse": quiet}, (), 10.0)
+    assert not measure.trustworthy({"sparse": noisy}, (), 10.0)
 
 
 @pytest.mark.parametrize(
@@ -282,3 +347,6 @@ def test_width_of_equal_time_follows_the_clock(dataset, monkeypatch):
     width = measure.equal_time_width(0.5, lambda width: width**2, rounds=1)
     assert width == pytest.approx(0.5**0.5, rel=0.01)
     assert measure.equal_time_width(7.0, lambda width: width**2, rounds=1) == pytest.approx(1, rel=0.01)
+    tried = []
+    measure.equal_time_width(0.5, lambda width: tried.append(width) or width**2, rounds=1, limit_seconds=0.0)
+    assert len(tried) == 1

@@ -137,6 +137,8 @@ def shuffle(patterns: Mapping[str, BlockPattern], generator: torch.Generator | N
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers, skipped = convertible(model)
     if not layers:
         why = "".join(f"; {name!r}: {reason}" for name, reason in skipped.items())

@@ -137,6 +137,8 @@ def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
     """``generator``, or a fresh one with seed 0; always on the CPU, so that all devices and ranks draw the same."""
     if generator is None:
         return torch.Generator().manual_seed(0)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, so that every device draws the same, got {generator.device}")
     return generator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 
 import torch
@@ -17,6 +17,8 @@ from ..timing import Timing, interleaved
 from .loop import Trainer, as_format
 
 THROUGHPUT_BATCH = 1000
+# Of interleaved samples of one training step, p80 / p20; and of a speed-up, what its ceiling allows.
+QUIET_SPREAD, CEILING_TOLERANCE = 1.5, 1.1
 SPLIT_SECONDS, SPLIT_MIN_STEPS, SPLIT_MAX_STEPS = 1.5, 20, 300
 
 
@@ -140,13 +142,32 @@ def faster_format(trainer: Trainer, rounds: int) -> torch.memory_format:
     return formats[min(timings, key=lambda name: timings[name].median)]
 
 
-def equal_time_width(reference: Trainer, narrower: Callable[[float], Trainer], rounds: int) -> float:
+def trustworthy(steps: Mapping[str, Timing], speedups: Iterable[float], ceiling: float) -> bool:
+    """Whether the machine was quiet enough: samples of a step agree, and no speed-up is beyond what can be.
+
+    Args:
+        steps: timings of the training step; those of "dense" and "sparse" count.
+        speedups: of the sparse network.
+        ceiling: the speed-up its multiply-adds allow.
+    """
+    quantiles = [steps[name].quantiles() for name in ("dense", "sparse") if name in steps]
+    quiet = all(q["p80"] <= QUIET_SPREAD * q["p20"] for q in quantiles)
+    return quiet and all(value <= CEILING_TOLERANCE * ceiling for value in speedups)
+
+
+def equal_time_width(
+    reference: Trainer, narrower: Callable[[float], Trainer], rounds: int, limit_seconds: float = 5.0
+) -> float:
     """The width factor, at most 1, at which ``narrower(width)`` needs the training step time of ``reference``.
 
-    Bisection over the logarithm of the width; each comparison is its own interleaved timing.
+    Bisection over the logarithm of the width; each comparison is its own interleaved timing. No further one is begun
+    after ``limit_seconds``: on a quiet machine all ten take half of that.
     """
     low, high = math.log(0.003), 0.0
-    for _ in range(10):
+    start = time.perf_counter()
+    for done in range(10):
+        if done and time.perf_counter() - start > limit_seconds:
+            break
         middle = (low + high) / 2
         pair = {"reference": reference, "narrower": narrower(math.exp(middle))}
         timings = time_steps(pair, rounds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from io import StringIO
@@ -17,11 +16,17 @@ from .loop import Point
 RESULT, HISTORY, MODEL = "result.json", "history.csv", "model.safetensors"
 
 
-def prepare(out: Path) -> None:
-    """Make the folder and remove the files of an earlier run in it, so that none is taken for one of this run."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (RESULT, HISTORY, MODEL, *plots.NAMES):
-        (out / name).unlink(missing_ok=True)
+def holds_run(out: Path) -> bool:
+    """Whether the folder holds what would be lost: the figures or the network of a run, complete or not."""
+    return any((out / name).exists() for name in (RESULT, HISTORY, MODEL))
+
+
+def clear(out: Path) -> None:
+    """Remove the files of an earlier run, and what a killed one left, so that none is taken for one of this run."""
+    names = (RESULT, HISTORY, MODEL, *plots.NAMES)
+    parts = (out / f"{name}.part" for name in names)
+    for path in (*(out / name for name in names), *parts, *out.glob(f"{MODEL}.*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def write(out: Path, result: Mapping[str, Any], history: Iterable[Point]) -> None:
@@ -35,7 +40,6 @@ def write(out: Path, result: Mapping[str, Any], history: Iterable[Point]) -> Non
 
 
 def _write_text(path: Path, text: str) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        part = Path(scratch) / path.name
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

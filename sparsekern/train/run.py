@@ -28,6 +28,7 @@ from .measure import (
     split_step,
     time_inference,
     time_steps,
+    trustworthy,
 )
 from .settings import Settings
 
@@ -61,20 +62,28 @@ def run(
 
     Raises:
         Interrupted: on KeyboardInterrupt, after writing what there is, marked ``complete: false``.
+        KeyboardInterrupt: as long as no epoch is done; nothing has been written, and no file of an earlier run is gone.
         FloatingPointError: a training loss is no longer finite; what there is has been written likewise.
-        FileNotFoundError, ValueError: the data set cannot be had.
+        FileNotFoundError, ValueError: the data set cannot be had, or not be pruned for; nothing has been written.
     """
-    output.prepare(settings.out)
+    settings.out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
     state = _Run(settings, command, progress)
     try:
         state.work()
         state.result["complete"] = True
-    except KeyboardInterrupt:
-        raise Interrupted(state.result) from None
-    finally:
         state.write()
+    except KeyboardInterrupt:
+        if not state.history:
+            raise
+        state.write()
+        raise Interrupted(state.result) from None
+    except FloatingPointError:
+        if state.history:
+            state.write()
+        raise
+    finally:
         torch.set_num_threads(threads)
     return state.result
 
@@ -96,6 +105,8 @@ class _Run:
             **dict.fromkeys(plots.NETWORKS),
             "macs_kept": None,
             "speedup": None,
+            "trustworthy": None,  # until it is timed
+            "model_file": None,
         }
 
     def work(self) -> None:
@@ -111,7 +122,6 @@ class _Run:
         for name in plots.NETWORKS:
             if name in self.trainers:
                 self._train(name)
-        checkpoint.save(self.trainers["sparse"].model, self.settings.out / output.MODEL)
         self._measure()
 
     def write(self) -> None:
@@ -134,7 +144,13 @@ class _Run:
         settings = self.settings
         self.progress("pruning", 0, 0, "")
         start = time.perf_counter()
-        self.patterns = self._prune()
+        try:
+            self.patterns = self._prune()
+        except ValueError as error:
+            blocks = "x".join(map(str, settings.blocksize))
+            raise ValueError(
+                f"cannot prune with --sparsity {settings.sparsity} --blocksize {blocks}: {error}"
+            ) from error
         self.result["prune_seconds"] = time.perf_counter() - start
         sparse = self._sparse(self.patterns)
         self.trainers["sparse"] = self._trainer(sparse)
@@ -212,7 +228,12 @@ class _Run:
             note = f"loss {loss:.3f}, test {accuracy:.2%}"
             self.history.append(Point(name, epoch, trainer.steps, trainer.seconds, loss, accuracy))
             column["train_loss"], column["test_accuracy"] = loss, accuracy
-            # So that even a killed process leaves its figures.
+            if len(self.history) == 1:
+                output.clear(self.settings.out)
+            # Now, so that even a killed process leaves its figures and its network.
+            if name == "sparse":
+                checkpoint.save(trainer.model, self.settings.out / output.MODEL)
+                self.result["model_file"] = {"name": output.MODEL, "epoch": epoch}
             output.write(self.settings.out, self.result, self.history)
             self.progress(f"training {name}", trainer.steps, len(trainer.rates), note)
 
@@ -235,6 +256,7 @@ class _Run:
                 "batch_seconds": batched[name].quantiles(),
             }
         if "dense" not in self.trainers:
+            self.result["trustworthy"] = trustworthy(steps, (), self.result["ceiling"])
             return
         for name in self.trainers:
             detail = {
@@ -248,5 +270,7 @@ class _Run:
                 "inference": detail["inference"]["p50"],
                 "quantiles": detail,
             }
-        self.result["speedup"] = self.result["sparse"]["speedup"]
+        ratios = self.result["speedup"] = self.result["sparse"]["speedup"]
+        kinds = ("train_step", "train_total", "inference")
+        self.result["trustworthy"] = trustworthy(steps, [ratios[kind] for kind in kinds], self.result["ceiling"])
         self.result["small_dense"]["step_ratio"] = speedup(steps["small_dense"], steps["sparse"])["p50"]

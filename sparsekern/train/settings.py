@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from .. import data, models
 from ..functional import Backend
+from . import output
 
 PRUNERS = ("snip", "random")
 # Peak of the one-cycle schedule. At 0.1 dense LeNet-5-Caffe, which has no ReLU after its convolutions, diverges.
@@ -35,6 +36,7 @@ class Settings:
         threads: for torch; its own choice where None.
         backend: of the sparse layers.
         rounds: samples per timing.
+        overwrite: ``out`` may hold an earlier run, whose files go once the first epoch of this one is done.
     """
 
     out: Path
@@ -53,6 +55,7 @@ class Settings:
     threads: int | None = None
     backend: Backend = "auto"
     rounds: int = 25
+    overwrite: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """In plain types, for JSON."""
@@ -78,6 +81,8 @@ class Settings:
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
         in_the_way = next((p for p in (self.out, *self.out.parents) if p.exists() and not p.is_dir()), None)
         _check("out", str(self.out), in_the_way is None, f"a folder, but {in_the_way} is a file")
+        if not self.overwrite and output.holds_run(self.out):
+            raise ValueError(f"{self.out} holds an earlier run; give --overwrite or another --out")
         _check("data", str(self.data), self.data is None or self.data.is_dir(), "a folder that exists")
 
 
