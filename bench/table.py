@@ -86,7 +86,7 @@ class Results:
             writer.writerows({key: _rounded(value) for key, value in asdict(row).items()} for row in self.rows)
         header = {
             "complete": self.complete,
-            "command": sys.argv,
+            "command": ["python", "-m", "bench", *sys.argv[1:]],
             "machine": machine,
             "settings": asdict(self.settings),
             "cases": {case.name: asdict(case) for case in self.cases},
