@@ -28,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from .convert import densify_, sparsify_
 from .eligible import convertible
 from .nn import INDEX_BUFFERS, SparseConv2d, SparseLayer, SparseLinear, check_values
+from .optimizer import allow
 from .pattern import BlockPattern
 
 FORMAT_VERSION = "1"
@@ -88,10 +89,11 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         sparsify_(model, wanted)
         model.load_state_dict(state)
     except BaseException:
-        # Out of memory, say: what is checked above does not fail. Layers return; so do their weights, which
-        # load_state_dict reaches last.
+        # Out of memory, say: what is checked above does not fail. The layers come back, and their optimizers may go on;
+        # only what load_state_dict had already copied into the others stays.
         for module, children in modules.items():
             module._modules.update(children)
+        allow(model.parameters())
         raise
 
 

@@ -231,7 +231,7 @@ def _replace(model: nn.Module, layers: Mapping[str, nn.Module], swaps: list[Swap
             # The dictionaries themselves, so that handles the user holds still remove their hooks.
             setattr(layer, hooks, getattr(old, hooks))
         parent._modules[child] = layer
-    forbid(swaps)
+    forbid((f"{swap.layer}.{swap.old_name}".lstrip("."), swap.old) for swap in swaps)
     ddp_ignore_(model)
     _sync_transformers(model)
 

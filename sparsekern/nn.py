@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import functional
 from .eligible import why_not
 from .functional import Backend
-from .optimizer import Swap, forbid
+from .optimizer import forbid
 from .pattern import BlockPattern
 from .weights import weight_from_matrix, weight_matrix
 
@@ -141,7 +141,7 @@ class SparseLayer(nn.Module):
                 return
             old = self.values
             self.values = nn.Parameter(values.contiguous(), requires_grad=old.requires_grad)
-            forbid([Swap(prefix.removesuffix("."), old, self.values, _no_state, "values", "values")])
+            forbid([(f"{prefix}values", old)])
             self._set_pattern(pattern)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -353,10 +353,6 @@ def check_values(values: Tensor, pattern: BlockPattern, name: str) -> None:
         return
     if bool((values[~pattern.to(values.device).edge_mask()] != 0).any()):
         raise ValueError(f"{name} is not 0 where blocks overhang the edge of the weight, {pattern.shape}")
-
-
-def _no_state(state: Tensor) -> Tensor:
-    raise NotImplementedError("optimizer state cannot follow a layer to another pattern")
 
 
 def _overhangs(pattern: BlockPattern) -> bool:

@@ -71,14 +71,20 @@ def swap_parameters(optimizer: Optimizer, swaps: Iterable[Swap]) -> None:
             optimizer.state[swap.new] = {key: _follow(entry, swap) for key, entry in state.items()}
 
 
-def forbid(swaps: Iterable[Swap]) -> None:
-    """From now on a step of any optimizer that still holds a swapped-out parameter raises RuntimeError.
+def forbid(replaced: Iterable[tuple[str, Tensor]]) -> None:
+    """From now on a step of any optimizer that still holds one of these (name, Parameter) raises RuntimeError.
 
     Without it the step would change a tensor that no layer reads: training would go on and do nothing.
     """
     _install_guard()
-    for swap in swaps:
-        _replaced[swap.old] = f"{swap.layer}.{swap.old_name}".lstrip(".")
+    for name, parameter in replaced:
+        _replaced[parameter] = name
+
+
+def allow(parameters: Iterable[Tensor]) -> None:
+    """Undo :func:`forbid` for parameters that are in use again."""
+    for parameter in parameters:
+        _replaced.pop(parameter, None)
 
 
 # Held weakly: an entry goes with its Parameter.

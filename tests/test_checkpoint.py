@@ -13,6 +13,7 @@ from torch import nn
 from sparsekern.checkpoint import load_, save
 from sparsekern.convert import densify_, sparsify_
 from sparsekern.nn import SparseLinear
+from sparsekern.pattern import BlockPattern
 
 
 def trained(dtype=torch.float64):
@@ -293,3 +294,22 @@ def test_a_model_that_cannot_take_the_file(tmp_path, good_file):
     with pytest.raises(ValueError, match="several names"):
         load_(model, good_file)
     assert type(model.again) is SparseLinear
+
+
+def test_layers_and_their_optimizers_survive_a_failure_half_way(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    saved, model = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)) for _ in range(2))
+    pattern = BlockPattern.from_mask(torch.eye(2, dtype=torch.bool), (4, 4))
+    sparsify_(saved, {"0": pattern})
+    save(saved, tmp_path / "m")
+    layers, optimizer = list(model), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fail(state):
+        raise MemoryError
+
+    monkeypatch.setattr(model, "load_state_dict", fail)
+    with pytest.raises(MemoryError):
+        load_(model, tmp_path / "m")
+    assert list(model) == layers
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
