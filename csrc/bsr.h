@@ -12,8 +12,8 @@ namespace sk {
 // value index in [0, size) or -1 (SELL padding), row numbers within their range, pointers monotone. The bindings check
 // that header and tensors belong together; kernels check nothing.
 struct Plan {
-  static constexpr int32_t kMagic = 0x5B51, kHeader = 16, kStrip = 0, kSell = 1;
-  static constexpr int kStripRows = 4, kSegmentRows = 128;
+  static constexpr int32_t kMagic = 0x5B52, kHeader = 16, kStrip = 0, kSell = 1, kNone = 2;
+  static constexpr int kStripRows = 4, kSegmentRows = 128, kWideRows = 16;
 
   int32_t kind;
   int64_t rows, ks, size;  // outputs, rows of packed X, numbers in the values
@@ -22,7 +22,7 @@ struct Plan {
   int64_t row_stride;      // STRIP: distance of the weights of neighbouring rows
 
   // STRIP: strip s owns rows first_row[s] .. + rows_of[s] and entries pointer[s] .. pointer[s + 1]
-  int64_t strips;
+  int64_t strips, entry_count;
   const int32_t *first_row, *rows_of, *pointer;
   const int32_t* entries;  // pairs: k, index of the first row's weight
 
@@ -33,6 +33,19 @@ struct Plan {
   const int32_t *group_rows, *step_pointer;  // group g: 4 rows within the segment; steps step_pointer[g] ..
   const int32_t *step_k, *step_value;        // step: 4 k, 4 value indices
 
+  // WIDE, a second plan of the same product behind the first, where blocks are 16 rows high (wide.count strips, else
+  // 0), and for linear in its place (kNone):
+  // strip s owns rows first_row[s] .. + rows_of[s], 16 but for the last of a matrix, and the parts part_pointer[s] ..;
+  // part p owns tap tap[p] and entries pointer[p] .. pointer[p + 1]
+  struct Wide {
+    int64_t count, entry_count, row_stride;
+    const int32_t *first_row, *rows_of, *part_pointer, *tap, *pointer;
+    const int32_t* entries;  // pairs: channel, index of the first row's weight
+  } wide;
+
+  // Rows of X in a span; the last may be shorter.
+  int64_t span_width() const { return (ks + spans - 1) / spans; }
+
   // False when `plan` is no plan or its length does not fit its header.
   static bool read(const int32_t* plan, int64_t length, Plan& out) {
     if (length < kHeader || plan[0] != kMagic) return false;
@@ -40,24 +53,41 @@ struct Plan {
     out.kind = plan[1], out.rows = plan[2], out.ks = plan[3], out.size = plan[4], out.overhang = plan[5] != 0;
     out.row_stride = plan[6], out.block[0] = plan[11], out.block[1] = plan[12];
     const int32_t* at = plan + kHeader;
+    const int32_t* const end = plan + length;
     if (out.kind == kStrip) {
       const int64_t strips = plan[7], entries = plan[8];
-      if (length != kHeader + 3 * strips + 1 + 2 * entries) return false;
-      out.strips = strips;
-      out.first_row = at, out.rows_of = at + strips, out.pointer = at + 2 * strips, out.entries = at + 3 * strips + 1;
-      return true;
-    }
-    if (out.kind != kSell) return false;
-    const int64_t segments = plan[7], spans = plan[8], groups = plan[9], steps = plan[10];
-    if (length != kHeader + (segments + 1) + (segments * spans + 1) + 4 * groups + (groups + 1) + 8 * steps)
+      if (end - at < 3 * strips + 1 + 2 * entries) return false;
+      out.strips = strips, out.entry_count = entries;
+      out.first_row = at, at += strips;
+      out.rows_of = at, at += strips;
+      out.pointer = at, at += strips + 1;
+      out.entries = at, at += 2 * entries;
+    } else if (out.kind == kSell) {
+      const int64_t segments = plan[7], spans = plan[8], groups = plan[9], steps = plan[10];
+      if (end - at < (segments + 1) + (segments * spans + 1) + 4 * groups + (groups + 1) + 8 * steps) return false;
+      out.segments = segments, out.spans = spans, out.steps = steps;
+      out.bounds = at, at += segments + 1;
+      out.group_pointer = at, at += segments * spans + 1;
+      out.group_rows = at, at += 4 * groups;
+      out.step_pointer = at, at += groups + 1;
+      out.step_k = at, at += 4 * steps;
+      out.step_value = at, at += 4 * steps;
+    } else if (out.kind != kNone) {
       return false;
-    out.segments = segments, out.spans = spans, out.steps = steps;
-    out.bounds = at, at += segments + 1;
-    out.group_pointer = at, at += segments * spans + 1;
-    out.group_rows = at, at += 4 * groups;
-    out.step_pointer = at, at += groups + 1;
-    out.step_k = at, out.step_value = at + 4 * steps;
-    return true;
+    }
+    if (const int64_t strips = plan[13], parts = plan[14], entries = plan[15]; strips > 0) {
+      if (end - at < 1 + 3 * strips + 1 + 2 * parts + 1 + 2 * entries) return false;
+      Wide& w = out.wide;
+      w.count = strips, w.entry_count = entries;
+      w.row_stride = *at++;
+      w.first_row = at, at += strips;
+      w.rows_of = at, at += strips;
+      w.part_pointer = at, at += strips + 1;
+      w.tap = at, at += parts;
+      w.pointer = at, at += parts + 1;
+      w.entries = at, at += 2 * entries;
+    }
+    return at == end;
   }
 };
 

@@ -15,6 +15,16 @@ SELL   rows that share nothing (blocks one row high), 4 at a time. Rows are cut 
 
            (segment, span): first group     group: 4 rows, first step     step: 4 k, 4 weight indices
 
+WIDE   a second plan behind the first, where blocks are a multiple of 16 rows high: strips of 16 rows, which are computed
+       side by side in the lanes of vectors, straight from activations whose channels are neighbours in memory (linear
+       and channels_last). Its k are told apart by tap, whose pixels are found once::
+
+           strip:   first row, number of rows, first part          part:   tap, first entry
+           entry:   channel, index of the first row's weight
+
+       In dgrad of a convolution its rows are the input channels and its k the (tap, output), whereas those of the first
+       plan are (tap, input channel) and output.
+
 wgrad reads the STRIP format (with strips of one row where blocks are one row high): entry by entry it is a dot product.
 """
 
@@ -30,12 +40,14 @@ from torch import Tensor
 
 from .pattern import INT32_MAX, BlockPattern
 
-MAGIC = 0x5B51  # changes with the format
+MAGIC = 0x5B52  # changes with the format
 HEADER = 16
 BLOCKSIZE = slice(11, 13)  # where in the header it stands
-STRIP, SELL = 0, 1
+STRIP, SELL, NONE = 0, 1, 2
 STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
 SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
+WIDE_ROWS = 16
+PIECE = 256  # entries that one part may have, so that rounding errors stay those of short sums
 SPAN = 256  # rows of packed X that stay in the first-level cache
 
 Ints = npt.NDArray[np.int64]
@@ -72,16 +84,28 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     tap_of_cut, channel_of_cut = np.divmod(cuts, max(group_inputs, 1))
     input_cuts = np.sort((np.arange(groups)[:, None] * group_inputs + tap_of_cut * inputs + channel_of_cut).reshape(-1))
 
+    # Strips of 16 rows that share a block, a group and, in dgrad, a tap.
+    wide_outputs = bh % WIDE_ROWS == 0 and (groups == 1 or group_outputs % WIDE_ROWS == 0)
+    wide_inputs = bw % WIDE_ROWS == 0 and (taps * groups == 1 or group_inputs % WIDE_ROWS == 0)
     size = pattern.nnz_blocks * bh * bw
     overhang = pattern.nnz != size
     by_output = (rows, tap * inputs + channel, index)
     by_input = (tap * inputs + channel, rows, index)
     strips = _strip_plan(by_output, _split(output_cuts, outputs), outputs, taps * inputs, bw, size, overhang)
-    forward = strips if bh > 1 else _sell_plan(by_output, outputs, taps * inputs, size, overhang)
-    if bw > 1:
+    if kernel is None and wide_outputs:
+        forward = _no_plan(outputs, inputs, size, overhang)
+    else:
+        forward = strips if bh > 1 else _sell_plan(by_output, outputs, taps * inputs, size, overhang)
+    if kernel is None and wide_inputs:
+        dgrad = _no_plan(inputs, outputs, size, overhang)
+    elif bw > 1:
         dgrad = _strip_plan(by_input, _split(input_cuts, taps * inputs), taps * inputs, outputs, 1, size, overhang)
     else:
         dgrad = _sell_plan(by_input, taps * inputs, outputs, size, overhang)
+    if wide_outputs:
+        forward = _add_wide(forward, by_output, outputs, inputs, bw)
+    if wide_inputs:
+        dgrad = _add_wide(dgrad, (channel, tap * outputs + rows, index), inputs, outputs, 1)
     for plan in (forward, dgrad, strips):
         plan[BLOCKSIZE] = torch.tensor([bh, bw], dtype=torch.int32)
     to = pattern.device
@@ -181,6 +205,37 @@ def _sell_plan(weights: tuple[Ints, Ints, Ints], rows: int, ks: int, size: int, 
     values = np.concatenate(index_out).reshape(-1, 4)
     pointers = _pointers(np.array(group_counts))
     return _as_tensor(header, bounds, pointers, np.concatenate(group_rows), _pointers(steps), columns, values)
+
+
+def _no_plan(rows: int, ks: int, size: int, overhang: bool) -> Tensor:
+    return _as_tensor(_header(NONE, rows, ks, size, overhang, 0, 0, 0, 0))
+
+
+def _add_wide(plan: Tensor, weights: tuple[Ints, Ints, Ints], rows: int, channels: int, row_stride: int) -> Tensor:
+    """``plan`` with a WIDE plan behind it; k = tap * channels + channel."""
+    row, k, index = weights
+    first = np.flatnonzero(row % WIDE_ROWS == 0)
+    order = first[np.lexsort((k[first], row[first]))]
+    strip, (tap, channel) = row[order] // WIDE_ROWS, np.divmod(k[order], max(channels, 1))
+    starts = np.arange(0, rows, WIDE_ROWS)
+
+    # A part ends where strip or tap change, and after PIECE entries.
+    changes = np.flatnonzero(np.diff(strip, prepend=-1) | np.diff(tap, prepend=-1))
+    lengths = np.diff(np.append(changes, len(order)))
+    pieces = -(-lengths // PIECE)
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begins = np.repeat(changes, pieces) + nth * PIECE
+    part_counts = np.bincount(strip[begins], minlength=len(starts))
+
+    header = plan[:HEADER].clone()
+    header[13:16] = torch.tensor([len(starts), len(begins), len(order)], dtype=torch.int32)
+    entries = np.stack([channel, index[order]], axis=1)
+    lengths = np.minimum(WIDE_ROWS, rows - starts)
+    wide = _as_tensor(
+        np.array([row_stride]), starts, lengths, _pointers(part_counts), tap[begins], np.append(begins, len(order)),
+        entries,
+    )  # fmt: skip
+    return torch.cat([header, plan[HEADER:], wide])
 
 
 def _pointers(counts: Ints) -> Ints:

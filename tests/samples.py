@@ -278,9 +278,43 @@ def conv_problems(dtype: torch.dtype = torch.float64, full: bool = False, intege
         )  # fmt: skip
 
 
+def wide_problems(dtype: torch.dtype = torch.float64, full: bool = False, integers: bool = True) -> Iterator[Problem]:
+    """Blocks 16 and more high or wide, which have kernels of their own; with ``full``, every layout of each case."""
+    cases: list[tuple[tuple[int, int] | Geometry, tuple[int, int], tuple[int, ...]]] = [
+        ((48, 32), (16, 16), (7,)),
+        ((50, 70), (16, 16), (3, 5)),
+        ((33, 17), (32, 16), (25,)),
+        ((64, 600), (16, 1), (13,)),
+        ((600, 64), (1, 16), (50,)),
+        ((40, 30), (16, 3), (6,)),
+        ((30, 40), (3, 32), (1,)),
+        ((16, 16), (16, 16), ()),
+        ((20, 20), (48, 48), (100,)),
+        (Geometry(16, 32, size=(5, 4), padding=(1, 1)), (16, 16), (3,)),
+        (Geometry(32, 16, size=(7, 9), stride=(2, 2), padding=(1, 1)), (16, 16), (2,)),
+        (Geometry(16, 20, (1, 1), (6, 5)), (16, 16), (4,)),
+        (Geometry(20, 40, (1, 1), (6, 5), stride=(2, 3)), (32, 16), (1,)),
+        (Geometry(32, 64, (2, 3), (6, 7), stride=(1, 3), padding=(1, 2), dilation=(2, 1), groups=2), (16, 16), (2,)),
+        (Geometry(16, 16, (5, 5), (2, 3), padding=(4, 3)), (16, 8), (2,)),
+        (Geometry(64, 48, (3, 3), (4, 4), stride=(3, 2), padding=(1, 0)), (8, 32), (3,)),
+        (Geometry(300, 16, (1, 2), (2, 9)), (16, 1), (1,)),
+    ]
+    for i, (layer, blocksize, batch) in enumerate(cases):
+        geometry = layer if isinstance(layer, Geometry) else None
+        shape = layer.shape if isinstance(layer, Geometry) else layer
+        layouts = IMAGE_LAYOUTS if geometry else LAYOUTS
+        for layout in layouts if full else (layouts[i % len(layouts)], "channels_last" if geometry else "contiguous"):
+            name = f"wide{i}-{shape}-{blocksize}-batch{batch}-{layout}"
+            yield make_problem(
+                name, shape, blocksize, ("third", "full", "holes")[i % 3], batch, layout,
+                geometry=geometry, dtype=dtype, bias=i % 3 > 0, integers=integers,
+            )  # fmt: skip
+
+
 def problems(dtype: torch.dtype = torch.float64, full: bool = False, integers: bool = True) -> Iterator[Problem]:
     yield from linear_problems(dtype, full, integers)
     yield from conv_problems(dtype, full, integers)
+    yield from wide_problems(dtype, full, integers)
 
 
 def small_problems(dtype: torch.dtype = torch.float64) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ class Read(NamedTuple):
     size: int
     overhang: int
     weights: list[tuple[int, int, int]]
+    wide: list[tuple[int, int, int, int]]  # (row, tap, channel, value index), of the second plan
 
 
 def read(tensor: torch.Tensor) -> Read:
@@ -28,6 +29,7 @@ def read(tensor: torch.Tensor) -> Read:
     header, rest = numbers[: plan.HEADER].tolist(), numbers[plan.HEADER :]
     magic, kind, rows, ks, size, overhang, row_stride, *counts = header
     assert magic == plan.MAGIC
+    wide_counts = header[13:16]
 
     def take(n: int) -> np.ndarray:
         nonlocal rest
@@ -35,10 +37,11 @@ def read(tensor: torch.Tensor) -> Read:
         assert len(part) == n
         return part.astype(np.int64)
 
-    take_weights = read_strips if kind == plan.STRIP else read_sell
+    take_weights = {plan.STRIP: read_strips, plan.SELL: read_sell, plan.NONE: lambda *_: []}[kind]
     weights = take_weights(take, rows, ks, row_stride, counts)
+    wide = read_wide(take, *wide_counts) if wide_counts[0] else []
     assert len(rest) == 0
-    return Read(kind, rows, ks, size, overhang, weights)
+    return Read(kind, rows, ks, size, overhang, weights, wide)
 
 
 def read_strips(take, rows, ks, row_stride, counts):
@@ -84,6 +87,22 @@ def read_sell(take, rows, ks, row_stride, counts):
     return weights
 
 
+def read_wide(take, strips, parts, entries):
+    (row_stride,), first, lengths = take(1), take(strips), take(strips)
+    part_pointer, taps = take(strips + 1), take(parts)
+    pointer, pairs = take(parts + 1), take(2 * entries).reshape(-1, 2)
+    assert (first == np.arange(strips) * plan.WIDE_ROWS).all()
+    assert ((lengths == plan.WIDE_ROWS) | (np.arange(strips) == strips - 1)).all()
+    assert (part_pointer[0], part_pointer[-1], pointer[0], pointer[-1]) == (0, parts, 0, entries)
+    assert ((np.diff(pointer) >= 1) & (np.diff(pointer) <= plan.PIECE)).all()
+    weights = []
+    for s in range(strips):
+        for part in range(part_pointer[s], part_pointer[s + 1]):
+            for channel, index in pairs[pointer[part] : pointer[part + 1]]:
+                weights += [(first[s] + i, taps[part], channel, index + i * row_stride) for i in range(lengths[s])]
+    return weights
+
+
 def expected(p: Problem) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
     """(row, k, value index) of every weight for forward (wgrad alike) and for dgrad, from the definitions.
 
@@ -120,13 +139,23 @@ def check(p: Problem) -> None:
         (plans.dgrad, dgrad, taps * inputs, outputs),
     ):
         found = read(tensor)
-        assert sorted(found.weights) == weights, p.name
+        if found.kind != plan.NONE:
+            assert sorted(found.weights) == weights, p.name
         assert (found.rows, found.ks, found.size) == (rows, ks, p.values.numel())
         assert bool(found.overhang) == (p.pattern.nnz != p.values.numel())
     assert read(plans.wgrad).kind == plan.STRIP
-    bh, bw = p.pattern.blocksize
-    assert read(plans.forward).kind == (plan.STRIP if bh > 1 else plan.SELL)
-    assert read(plans.dgrad).kind == (plan.STRIP if bw > 1 else plan.SELL)
+    (bh, bw), groups = p.pattern.blocksize, p.geometry.groups if p.geometry else 1
+    strips_or_sell = plan.STRIP if bh > 1 else plan.SELL, plan.STRIP if bw > 1 else plan.SELL
+    group_outputs, group_inputs = outputs // groups, inputs // groups
+    wide = bh % 16 == 0 and (groups == 1 or group_outputs % 16 == 0)
+    assert read(plans.forward).kind == (plan.NONE if wide and not p.geometry else strips_or_sell[0])
+    if wide:
+        assert sorted(read(plans.forward).wide) == sorted((row, *divmod(k, inputs), v) for row, k, v in forward)
+    wide = bw % 16 == 0 and (taps * groups == 1 or group_inputs % 16 == 0)
+    assert read(plans.dgrad).kind == (plan.NONE if wide and not p.geometry else strips_or_sell[1])
+    if wide:
+        by_input = [(k % inputs, k // inputs, row, v) for k, row, v in dgrad]
+        assert sorted(read(plans.dgrad).wide) == sorted(by_input)
 
 
 def small_enough(p: Problem) -> bool:

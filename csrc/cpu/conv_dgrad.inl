@@ -14,14 +14,12 @@ class ConvDgradRun {
   explicit ConvDgradRun(const Product<T>& p) : p_(p), chunks_(Chunks<T>::count(p.plan)) {
     area_ = p.window.grid[0] * p.window.grid[1];
     tasks_ = std::min(p.out.images, kTasks);
-    panel_ = (p.plan.ks + 1) * 3 * L;
+    panel_ = (p.plan.ks + 1) * kRow<T>;
   }
 
   void run() {
     if (tasks_ == 0 || p_.out.channels == 0) return;
-    const int64_t stream = Chunks<T>::stream_size(p_.plan);
-    T* scratch = static_cast<T*>(p_.scratch(0, size_t(stream) * sizeof(T)));
-    Chunks<T> chunks(p_, scratch);
+    Chunks<T> chunks(p_, p_.scratch(0, Chunks<T>::stream_bytes(p_.plan)));
     chunks.fill_stream();
     product_ = &chunks;
     const int64_t work = (Chunks<T>::work(p_.plan) + p_.plan.rows) * area_ * p_.out.images / tasks_;
@@ -34,18 +32,18 @@ class ConvDgradRun {
 
   void some_images(int64_t task) {
     T* panel = static_cast<T*>(p_.scratch(1, size_t(panel_) * sizeof(T)));
-    alignas(64) T y[Chunks<T>::kMaxRows * 3 * L + kSlack];
+    alignas(64) T y[Chunks<T>::kMaxRows * kRow<T> + kSlack];
     const int64_t begin = task * p_.out.images / tasks_, end = (task + 1) * p_.out.images / tasks_;
     const int64_t size = p_.out.channels * p_.out.height * p_.out.width;
     std::fill(p_.y + begin * size, p_.y + end * size, T(0));
     for (int64_t pixel = begin * area_; pixel < end * area_; pixel += 3 * L) {
       const int64_t count = std::min<int64_t>(3 * L, end * area_ - pixel), vectors = (count + L - 1) / L;
       const Window grid = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p_.window.grid[0], p_.window.grid[1]}};
-      gather(p_.x, p_.in, grid, pixel, count, vectors * L, panel);
-      std::fill_n(panel + p_.plan.ks * vectors * L, vectors * L, T(0));  // what SELL's padding reads
+      gather(p_.x, p_.in, grid, pixel, count, vectors * L, kRow<T>, panel);
+      std::fill_n(panel + p_.plan.ks * kRow<T>, vectors * L, T(0));  // what SELL's padding reads
       for (int64_t c = 0; c < chunks_; c++) {
         const auto rows = product_->compute(panel, vectors, c, y);
-        scatter_add(y, rows.first, rows.count, pixel, count, vectors * L, p_.out, p_.window, p_.y, p_.y + end * size);
+        scatter_add(y, rows.first, rows.count, pixel, count, kRow<T>, p_.out, p_.window, p_.y, p_.y + end * size);
       }
     }
   }

@@ -10,15 +10,16 @@ class ForwardRun {
     pixels_ = p.in.images * p.window.grid[0] * p.window.grid[1];
     vectors_ = (pixels_ + L - 1) / L;
     tiles_ = (vectors_ + 2) / 3;
-    panel_ = (p.plan.ks + 1) * 3 * L;
+    panel_ = (p.plan.ks + 1) * kRow<T>;
   }
 
   void run() {
     if (pixels_ == 0 || p_.plan.rows == 0) return;
     const bool gather_first = tiles_ < kManyTiles;
-    const int64_t stream = Chunks<T>::stream_size(p_.plan), work = Chunks<T>::work(p_.plan) * pixels_;
-    T* scratch = static_cast<T*>(p_.scratch(0, size_t(stream + (gather_first ? tiles_ * panel_ : 0)) * sizeof(T)));
-    panels_ = scratch + stream;
+    const int64_t work = Chunks<T>::work(p_.plan) * pixels_;
+    const size_t stream = Chunks<T>::stream_bytes(p_.plan), panels = gather_first ? tiles_ * panel_ * sizeof(T) : 0;
+    char* scratch = static_cast<char*>(p_.scratch(0, stream + panels));
+    panels_ = reinterpret_cast<T*>(scratch + stream);
     Chunks<T> chunks(p_, scratch);
     chunks.fill_stream();
     product_ = &chunks;
@@ -43,15 +44,15 @@ class ForwardRun {
 
   void fill(int64_t tile, T* panel) {
     const int64_t first = vector_of(tile) * L, lanes = (vector_of(tile + 1) - vector_of(tile)) * L;
-    gather(p_.x, p_.in, p_.window, first, std::min(lanes, pixels_ - first), lanes, panel);
-    std::fill_n(panel + p_.plan.ks * lanes, lanes, T(0));  // what SELL's padding reads
+    gather(p_.x, p_.in, p_.window, first, std::min(lanes, pixels_ - first), lanes, kRow<T>, panel);
+    std::fill_n(panel + p_.plan.ks * kRow<T>, lanes, T(0));  // what SELL's padding reads
   }
 
   void compute(int64_t tile, int64_t chunk, const T* panel) {
-    alignas(64) T y[Chunks<T>::kMaxRows * 3 * L];
+    alignas(64) T y[Chunks<T>::kMaxRows * kRow<T>];
     const int64_t first = vector_of(tile) * L, vectors = vector_of(tile + 1) - vector_of(tile);
     const auto rows = product_->compute(panel, vectors, chunk, y);
-    scatter(y, rows.first, rows.count, first, std::min(vectors * L, pixels_ - first), vectors * L, p_.out, p_.y);
+    scatter(y, rows.first, rows.count, first, std::min(vectors * L, pixels_ - first), kRow<T>, p_.out, p_.y);
   }
 
   void gather_tile(int64_t tile) { fill(tile, panels_ + tile * panel_); }

@@ -2,6 +2,7 @@
 // this.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -18,6 +19,17 @@ namespace {
 #include "conv_dgrad.inl"
 #include "forward.inl"
 #include "wgrad.inl"
+#include "wide.inl"
+
+template <class T>
+void forward(const Product<T>& p) {
+  WideRun<T>::fits(p) ? WideRun<T>(p, false).run() : ForwardRun<T>(p).run();
+}
+
+template <class T>
+void conv_dgrad(const Product<T>& p) {
+  WideRun<T>::fits(p) ? WideRun<T>(p, true).run() : ConvDgradRun<T>(p).run();
+}
 
 #define SK_STRING2(x) #x
 #define SK_STRING(x) SK_STRING2(x)
@@ -26,10 +38,10 @@ namespace {
 const Kernels& table() {
   static const Kernels kernels = {
       SK_STRING(SK_ISA),
-      [](const Product<float>& p) { ForwardRun<float>(p).run(); },
-      [](const Product<double>& p) { ForwardRun<double>(p).run(); },
-      [](const Product<float>& p) { ConvDgradRun<float>(p).run(); },
-      [](const Product<double>& p) { ConvDgradRun<double>(p).run(); },
+      [](const Product<float>& p) { forward(p); },
+      [](const Product<double>& p) { forward(p); },
+      [](const Product<float>& p) { conv_dgrad(p); },
+      [](const Product<double>& p) { conv_dgrad(p); },
       [](const WeightGrad<float>& p) { WeightGradRun<float>(p).run(); },
       [](const WeightGrad<double>& p) { WeightGradRun<double>(p).run(); },
   };

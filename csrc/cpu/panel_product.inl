@@ -4,124 +4,172 @@
 //     k  |x x x|                       | acc acc acc |            one entry: 3 loads, 4 broadcasts, 12 FMAs
 //        |x x x|  <- panel of X   w -> | acc acc acc |
 //        |x x x|                  w -> | acc acc acc |          SELL: 4 rows, each with its own k
-//                                 w -> | acc acc acc |            one step: 1 load, 4 shuffles, 12 FMAs with a load
-//                                 each
+//                                 w -> | acc acc acc |            one step: 1 load, 4 shuffles, 12 FMAs with a load each
 //
-// Order of summation: each output sums its k in the order of the plan (SELL: span by span), in one accumulator, so it
-// depends neither on threads nor on the batch around it.
-// Limits: STRIP reads values in their own order, dgrad thus with a stride; SELL copies them to the order of its steps
-// first. Fewer pixels than one vector leave lanes idle.
+// The kernels read a stream: the weights in the order of use, and beside them where in the panel each finds its X. It
+// is written once per call from the plan and the values (strided reads of the values would cost more, tile by tile).
+// Panels and sums have rows of 3 vectors, however many are used.
+//
+// Order of summation: each output sums its k in the order of the plan (STRIP: in pieces of 256, SELL: span by span), in
+// one accumulator, so it depends neither on threads nor on the batch around it.
+// Limits: fewer pixels than one vector leave lanes idle; rows that share nothing load X once per FMA.
+
+// Distance of the rows of a panel, in numbers.
+template <class T>
+constexpr int64_t kRow = 3 * kLanes<T>;
 
 template <class T, int R, int NV>
-SK_INLINE void strip_kernel(const T* x, const int32_t* entry, int64_t n, const T* values, int64_t row_stride,
-                            const T* bias, bool first, T* y) {
-  constexpr int L = kLanes<T>, P = NV * L;
+SK_INLINE void strip_kernel(const T* x, const uint32_t* offset, const T* w, int64_t n, const T* bias, bool first,
+                            T* y) {
+  constexpr int L = kLanes<T>;
   Vec<T> acc[R][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
-  for (const int32_t* end = entry + 2 * n; entry != end; entry += 2) {
-    const T* xk = x + int64_t(entry[0]) * P;
-    const T* w = values + entry[1];
+  for (const uint32_t* end = offset + n; offset != end; offset++, w += 4) {
+    const T* xk = reinterpret_cast<const T*>(reinterpret_cast<const char*>(x) + *offset);
     Vec<T> xv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) xv[v] = load_once(xk + v * L);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const Vec<T> wr = splat(w[r * row_stride]);
+      const Vec<T> wr = splat(w[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[r][v] += wr * xv[v];
+      for (int v = 0; v < NV; v++) acc[r][v] = fma<T>(acc[r][v], wr, xv[v]);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
     const Vec<T> b = bias ? splat(bias[r]) : Vec<T>{};
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) store(y + r * P + v * L, acc[r][v] + (first ? b : load(y + r * P + v * L)));
+    for (int v = 0; v < NV; v++) {
+      T* to = y + r * kRow<T> + v * L;
+      store(to, acc[r][v] + (first ? b : load(to)));
+    }
   }
 }
 
 // In pieces of kPiece entries, whose sums are added up: rounding errors then grow as those of dense products do.
 template <class T, int R, int NV>
-SK_INLINE void strip(const T* x, const int32_t* entry, int64_t n, const T* values, int64_t row_stride, const T* bias,
-                     T* y) {
+SK_INLINE void strip(const T* x, const uint32_t* offset, const T* w, int64_t n, const T* bias, T* y) {
   constexpr int64_t kPiece = 256;
-  strip_kernel<T, R, NV>(x, entry, std::min(n, kPiece), values, row_stride, bias, true, y);
+  strip_kernel<T, R, NV>(x, offset, w, std::min(n, kPiece), bias, true, y);
   for (int64_t at = kPiece; at < n; at += kPiece)
-    strip_kernel<T, R, NV>(x, entry + 2 * at, std::min(n - at, kPiece), values, row_stride, bias, false, y);
+    strip_kernel<T, R, NV>(x, offset + at, w + 4 * at, std::min(n - at, kPiece), bias, false, y);
 }
 
 template <class T, int NV>
-void strip_chunk(const Plan& plan, const T* values, const T* bias, const T* x, int64_t begin, int64_t end, T* y) {
-  constexpr int P = NV * kLanes<T>;
+void strip_chunk(const Plan& plan, const uint32_t* offsets, const T* weights, const T* bias, const T* x, int64_t begin,
+                 int64_t end, T* y) {
   const int64_t base = plan.first_row[begin];
   for (int64_t s = begin; s < end; s++) {
-    const int32_t row = plan.first_row[s], *entry = plan.entries + 2 * int64_t(plan.pointer[s]);
-    const int64_t n = plan.pointer[s + 1] - plan.pointer[s];
-    const T* b = bias ? bias + row : nullptr;
-    T* to = y + (row - base) * P;
+    const int64_t row = plan.first_row[s], at = plan.pointer[s], n = plan.pointer[s + 1] - at;
+    const T *b = bias ? bias + row : nullptr, *w = weights + 4 * at;
+    T* to = y + (row - base) * kRow<T>;
     switch (plan.rows_of[s]) {
       case 4:
-        strip<T, 4, NV>(x, entry, n, values, plan.row_stride, b, to);
+        strip<T, 4, NV>(x, offsets + at, w, n, b, to);
         break;
       case 3:
-        strip<T, 3, NV>(x, entry, n, values, plan.row_stride, b, to);
+        strip<T, 3, NV>(x, offsets + at, w, n, b, to);
         break;
       case 2:
-        strip<T, 2, NV>(x, entry, n, values, plan.row_stride, b, to);
+        strip<T, 2, NV>(x, offsets + at, w, n, b, to);
         break;
       default:
-        strip<T, 1, NV>(x, entry, n, values, plan.row_stride, b, to);
+        strip<T, 1, NV>(x, offsets + at, w, n, b, to);
     }
   }
 }
 
+// Where the four rows of a step find their X. 16 bits each (in units of 8 bytes, which an address takes for free) are
+// one load for all four, and loads are what binds SELL; panels too long for that take 32 bits.
+struct NearStep {
+  static constexpr int64_t kUnit = 8;
+  uint16_t at[4];
+  template <class T>
+  SK_INLINE void find(const T* x, const T** xs) const {
+    uint64_t all;
+    std::memcpy(&all, at, sizeof all);
+    const char* base = reinterpret_cast<const char*>(x);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) xs[r] = reinterpret_cast<const T*>(base + kUnit * uint16_t(all >> (16 * r)));
+  }
+};
+
+struct FarStep {
+  static constexpr int64_t kUnit = 1;
+  uint32_t at[4];
+  template <class T>
+  SK_INLINE void find(const T* x, const T** xs) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) xs[r] = reinterpret_cast<const T*>(reinterpret_cast<const char*>(x) + at[r]);
+  }
+};
+
 template <class T, int NV>
 SK_INLINE void sell_row(Vec<T>* acc, Vec<T> w, const T* x) {
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; v++) acc[v] += w * load(x + v * kLanes<T>);
+  for (int v = 0; v < NV; v++) acc[v] = fma_from<T>(acc[v], w, x + v * kLanes<T>);
 }
 
 // One group: 4 rows, `steps` steps, added to what the spans before have summed up in y.
-template <class T, int NV>
-SK_INLINE void sell_kernel(const T* x, const int32_t* k, const T* w, int64_t steps, const int32_t* rows, T* y) {
-  constexpr int L = kLanes<T>, P = NV * L;
+template <class T, int NV, class Step>
+SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t steps, const int32_t* rows, T* y) {
+  constexpr int L = kLanes<T>;
   Vec<T> acc[4][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
-  for (const T* end = w + 4 * steps; w != end; w += 4, k += 4) {
+  for (const Step* end = step + steps; step != end; step++, w += 4) {
+    const T* xs[4];
+    step->find(x, xs);
     const Four<T> four(w);
-    sell_row<T, NV>(acc[0], four.template get<0>(), x + int64_t(k[0]) * P);
-    sell_row<T, NV>(acc[1], four.template get<1>(), x + int64_t(k[1]) * P);
-    sell_row<T, NV>(acc[2], four.template get<2>(), x + int64_t(k[2]) * P);
-    sell_row<T, NV>(acc[3], four.template get<3>(), x + int64_t(k[3]) * P);
+    sell_row<T, NV>(acc[0], four.template get<0>(), xs[0]);
+    sell_row<T, NV>(acc[1], four.template get<1>(), xs[1]);
+    sell_row<T, NV>(acc[2], four.template get<2>(), xs[2]);
+    sell_row<T, NV>(acc[3], four.template get<3>(), xs[3]);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; r++)
+  for (int r = 0; r < 4; r++) {
+    T* to = y + rows[r] * kRow<T>;
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      T* to = y + rows[r] * P + v * L;
-      store(to, load(to) + acc[r][v]);
-    }
+    for (int v = 0; v < NV; v++) store(to + v * L, load(to + v * L) + acc[r][v]);
+  }
 }
 
-template <class T, int NV>
-void sell_segment(const Plan& plan, const T* stream, const T* bias, const T* x, int64_t segment, T* y) {
-  constexpr int L = kLanes<T>, P = NV * L;
+template <class T, int NV, class Step>
+void sell_segment(const Plan& plan, const Step* steps, const T* weights, const T* bias, const T* x, int64_t segment,
+                  T* y) {
+  constexpr int L = kLanes<T>;
   const int64_t base = plan.bounds[segment], rows = plan.bounds[segment + 1] - base;
   for (int64_t r = 0; r <= rows; r++) {  // one row more, which takes the padding
     const Vec<T> b = bias && r < rows ? splat(bias[base + r]) : Vec<T>{};
-    for (int v = 0; v < NV; v++) store(y + r * P + v * L, b);
+    for (int v = 0; v < NV; v++) store(y + r * kRow<T> + v * L, b);
   }
-  const int32_t* groups = plan.group_pointer + segment * plan.spans;
-  for (int64_t g = groups[0]; g < groups[plan.spans]; g++) {
-    const int64_t step = plan.step_pointer[g];
-    sell_kernel<T, NV>(x, plan.step_k + 4 * step, stream + 4 * step, plan.step_pointer[g + 1] - step,
-                       plan.group_rows + 4 * g, y);
+  for (int64_t span = 0; span < plan.spans; span++) {
+    const int32_t* groups = plan.group_pointer + segment * plan.spans + span;
+    for (int64_t g = groups[0]; g < groups[1]; g++) {
+      const int64_t at = plan.step_pointer[g];
+      sell_kernel<T, NV, Step>(x + span * plan.span_width() * kRow<T>, steps + at, weights + 4 * at,
+                               plan.step_pointer[g + 1] - at, plan.group_rows + 4 * g, y);
+    }
   }
+}
+
+// Four neighbours in each of four rows, transposed: to[4 j + i] = from[i * stride + j], rows of `to` `to_stride` apart.
+template <class T>
+SK_INLINE void transpose_square(const T* from, int64_t stride, T* to, int64_t to_stride) {
+  typedef T Quad __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
+  const auto row = [&](int64_t r) -> const Quad& { return *reinterpret_cast<const Quad*>(from + r * stride); };
+  const auto out = [&](int64_t r) -> Quad& { return *reinterpret_cast<Quad*>(to + r * to_stride); };
+  const auto &a = row(0), &b = row(1), &c = row(2), &d = row(3);
+  const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  out(0) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), out(1) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  out(2) = __builtin_shufflevector(AB, CD, 0, 1, 4, 5), out(3) = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
 }
 
 // The chunks of at most 128 rows that a plan is computed in, each into a panel of its own.
@@ -133,53 +181,120 @@ class Chunks {
     int64_t first, count;
   };
 
-  Chunks(const Product<T>& p, T* stream) : p_(p), plan_(p.plan), stream_(stream) {}
+  // `stream` points to stream_bytes of scratch.
+  Chunks(const Product<T>& p, void* stream)
+      : p_(p), plan_(p.plan), weights_(static_cast<T*>(stream)), offsets_(weights_ + 4 * entries(p.plan)) {}
 
   static int64_t count(const Plan& plan) {
     return plan.kind == Plan::kStrip ? (plan.strips + kChunkStrips - 1) / kChunkStrips : plan.segments;
   }
 
-  // Numbers of scratch for the copy of the values, a multiple of what keeps vectors behind it aligned.
-  static int64_t stream_size(const Plan& plan) {
-    return plan.kind == Plan::kSell ? (4 * plan.steps + 15) / 16 * 16 : 0;
+  // A multiple of what keeps vectors behind it aligned.
+  static size_t stream_bytes(const Plan& plan) {
+    return size_t(entries(plan)) * (4 * sizeof(T) + (plan.kind == Plan::kStrip ? 4 : 16)) / 64 * 64 + 64;
   }
 
   // Multiply-adds per pixel.
   static int64_t work(const Plan& plan) { return plan.kind == Plan::kStrip ? plan.size : 4 * plan.steps; }
 
   void fill_stream() {
-    if (plan_.kind != Plan::kSell) return;
-    p_.parallel((4 * plan_.steps + kStreamTask - 1) / kStreamTask, kStreamTask,
+    const int64_t tasks = plan_.kind == Plan::kStrip ? count(plan_) : plan_.segments * plan_.spans;
+    p_.parallel(tasks, 4 * entries(plan_) / (tasks + 1),
                 [](void* self, int64_t i) { static_cast<Chunks*>(self)->fill_some(i); }, this);
   }
 
-  // Rows of one chunk times the panel (`vectors` wide, its row plan.ks zeros), written to y [kMaxRows][vectors * L].
+  Rows rows(int64_t chunk) const {
+    if (plan_.kind == Plan::kSell) return {plan_.bounds[chunk], plan_.bounds[chunk + 1] - plan_.bounds[chunk]};
+    const int64_t first = plan_.first_row[strip_of(chunk)], last = strip_of(chunk + 1) - 1;
+    return {first, plan_.first_row[last] + plan_.rows_of[last] - first};
+  }
+
+  // Rows of one chunk times the panel (`vectors` wide, its row plan.ks zeros), written to y [kMaxRows][kRow].
   Rows compute(const T* panel, int64_t vectors, int64_t chunk, T* y) const {
     if (plan_.kind == Plan::kStrip) {
-      const int64_t all = count(plan_), begin = chunk * plan_.strips / all, end = (chunk + 1) * plan_.strips / all;
+      const int64_t begin = strip_of(chunk), end = strip_of(chunk + 1);
       auto* kernel = vectors == 3 ? strip_chunk<T, 3> : vectors == 2 ? strip_chunk<T, 2> : strip_chunk<T, 1>;
-      kernel(plan_, p_.values, p_.bias, panel, begin, end, y);
-      const int64_t row = plan_.first_row[begin];
-      return {row, plan_.first_row[end - 1] + plan_.rows_of[end - 1] - row};
+      kernel(plan_, static_cast<const uint32_t*>(offsets_), weights_, p_.bias, panel, begin, end, y);
+    } else if (near(plan_)) {
+      segment<NearStep>(panel, vectors, chunk, y);
+    } else {
+      segment<FarStep>(panel, vectors, chunk, y);
     }
-    auto* kernel = vectors == 3 ? sell_segment<T, 3> : vectors == 2 ? sell_segment<T, 2> : sell_segment<T, 1>;
-    kernel(plan_, stream_, p_.bias, panel, chunk, y);
-    return {plan_.bounds[chunk], plan_.bounds[chunk + 1] - plan_.bounds[chunk]};
+    return rows(chunk);
   }
 
  private:
-  static constexpr int64_t kChunkStrips = Plan::kSegmentRows / Plan::kStripRows, kStreamTask = 1 << 15;
+  static constexpr int64_t kChunkStrips = Plan::kSegmentRows / Plan::kStripRows;
+
+  static int64_t entries(const Plan& plan) { return plan.kind == Plan::kStrip ? plan.entry_count : plan.steps; }
+
+  static bool near(const Plan& plan) {
+    return plan.ks * kRow<T> * int64_t(sizeof(T)) / NearStep::kUnit <= UINT16_MAX;
+  }
+
+  int64_t strip_of(int64_t chunk) const { return chunk * plan_.strips / count(plan_); }
+
+  template <class Step>
+  void segment(const T* panel, int64_t vectors, int64_t chunk, T* y) const {
+    auto* kernel = vectors == 3   ? sell_segment<T, 3, Step>
+                   : vectors == 2 ? sell_segment<T, 2, Step>
+                                  : sell_segment<T, 1, Step>;
+    kernel(plan_, static_cast<const Step*>(offsets_), weights_, p_.bias, panel, chunk, y);
+  }
 
   void fill_some(int64_t task) {
-    const int64_t begin = task * kStreamTask, end = std::min(begin + kStreamTask, 4 * plan_.steps);
-    for (int64_t i = begin; i < end; i++) {
-      const int32_t at = plan_.step_value[i], padding = at >> 31;  // all ones for -1
-      const T value = p_.values[at & ~padding];                    // a load without a branch
-      stream_[i] = padding ? T(0) : value;
+    if (plan_.kind == Plan::kStrip) {
+      for (int64_t s = strip_of(task); s < strip_of(task + 1); s++) fill_strip(s);
+    } else if (near(plan_)) {
+      fill_steps<NearStep>(task);
+    } else {
+      fill_steps<FarStep>(task);
+    }
+  }
+
+  void fill_strip(int64_t s) {
+    const int64_t rows = plan_.rows_of[s], stride = plan_.row_stride, end = plan_.pointer[s + 1];
+    uint32_t* offsets = static_cast<uint32_t*>(offsets_);
+    int64_t e = plan_.pointer[s];
+    for (int64_t i = e; i < end; i++) offsets[i] = uint32_t(plan_.entries[2 * i]) * uint32_t(kRow<T> * sizeof(T));
+    const int32_t* index = plan_.entries + 1;
+    if (rows == 4 && stride == 1) {
+      for (; e < end; e++) std::memcpy(weights_ + 4 * e, p_.values + index[2 * e], 4 * sizeof(T));
+    } else if (rows == 4) {
+      for (; e + 4 <= end; e += 4) {
+        const T* from = p_.values + index[2 * e];
+        if (index[2 * e + 6] == index[2 * e] + 3)  // four neighbours in each of four rows: a square to transpose
+          transpose_square(from, stride, weights_ + 4 * e, 4);
+        else
+          for (int64_t i = 0; i < 4; i++) gather_rows(e + i, 4, stride);
+      }
+    }
+    for (; e < end; e++) gather_rows(e, rows, stride);
+  }
+
+  SK_INLINE void gather_rows(int64_t e, int64_t rows, int64_t stride) {
+    const T* from = p_.values + plan_.entries[2 * e + 1];
+    for (int64_t r = 0; r < rows; r++) weights_[4 * e + r] = from[r * stride];
+  }
+
+  // The steps of one (segment, span).
+  template <class Step>
+  void fill_steps(int64_t task) {
+    using At = std::remove_reference_t<decltype(Step{}.at[0])>;
+    const int64_t begin = task % plan_.spans * plan_.span_width(), unit = kRow<T> * int64_t(sizeof(T)) / Step::kUnit;
+    const int64_t first = plan_.step_pointer[plan_.group_pointer[task]];
+    const int64_t last = plan_.step_pointer[plan_.group_pointer[task + 1]];
+    At* at = static_cast<Step*>(offsets_)->at;
+    for (int64_t i = 4 * first; i < 4 * last; i++) at[i] = At((plan_.step_k[i] - begin) * unit);
+    for (int64_t i = 4 * first; i < 4 * last; i++) {
+      const int32_t index = plan_.step_value[i], padding = index >> 31;  // all ones for -1
+      const T value = p_.values[index & ~padding];                       // a load without a branch
+      weights_[i] = padding ? T(0) : value;
     }
   }
 
   const Product<T>& p_;
   const Plan& plan_;
-  T* stream_;
+  T* weights_;
+  void* offsets_;  // STRIP: uint32_t per entry, SELL: a Step per step
 };

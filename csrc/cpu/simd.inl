@@ -64,6 +64,36 @@ SK_INLINE Vec<T> load_once(const T* p) {
   return v;
 }
 
+// acc + a * b in one instruction, and nothing else: left to itself, g++ turns a load shared by four of them into four.
+template <class T>
+SK_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) {
+#if defined(__FMA__)
+  if constexpr (sizeof(T) == 4)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+#else
+  return acc + a * b;
+#endif
+}
+
+// acc + a * (the vector at p, which is aligned where the instruction set asks for it): the load is part of the
+// instruction.
+template <class T>
+SK_INLINE Vec<T> fma_from(Vec<T> acc, Vec<T> a, const T* p) {
+#if defined(__FMA__)
+  const auto& b = *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+  if constexpr (sizeof(T) == 4)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "m"(b));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+v"(acc) : "v"(a), "m"(b));
+  return acc;
+#else
+  return acc + a * load(p);
+#endif
+}
+
 template <class V, class T, int... I>
 SK_INLINE V splat_lanes(T s, std::integer_sequence<int, I...>) {
   return V{(static_cast<void>(I), s)...};
@@ -98,9 +128,14 @@ template <>
 struct Four<float> {
   typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
   Vec<float> v;
-  explicit SK_INLINE Four(const float* p)
-      : v(repeat_of<Vec<float>>(*reinterpret_cast<const Quad*>(p), std::make_integer_sequence<int, kLanes<float>>{})) {
+  explicit SK_INLINE Four(const float* p) {
+    const Quad& quad = *reinterpret_cast<const Quad*>(p);
+#if defined(__AVX2__) && SK_VECTOR_BYTES == 32
+    asm("vbroadcastf128 %1, %0" : "=x"(v) : "m"(quad));  // g++ makes a load and a permutation of it
+#else
+    v = repeat_of<Vec<float>>(Quad(quad), std::make_integer_sequence<int, kLanes<float>>{});
     opaque(v);  // or the compiler would make four loads of it again
+#endif
   }
   template <int R>
   SK_INLINE Vec<float> get() const {

@@ -64,26 +64,41 @@ inline Reach reach(const Run& r, const Images& in, const Window& w, int64_t i, i
   return {low, std::clamp(in.width - x, low, r.length), (r.image * in.channels * in.height + y) * in.width + x};
 }
 
-// Panel rows of one tap from lane pointers (null: zeros), `channels` numbers behind each.
+// Squares of numbers, one vector each way: panel[i][..] <- lane[..][i] for L lanes.
 template <class T>
-void pack_lanes(const T* const* lane, int64_t channels, int64_t lanes, T* panel) {
+SK_INLINE void pack_square(const T* const* lane, int64_t c, int64_t stride, T* panel) {
   constexpr int L = kLanes<T>;
+  Vec<T> r[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) r[i] = lane[i] ? load(lane[i] + c) : Vec<T>{};
+  transpose<T>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) store(panel + (c + i) * stride, r[i]);
+}
+
+// Panel rows of one tap from lane pointers (null: zeros), `channels` numbers behind each. Two squares at a time read
+// whole cache lines: lanes are often 4096 bytes apart, where few of them fit the first-level cache together.
+template <class T>
+void pack_lanes(const T* const* lane, int64_t channels, int64_t lanes, int64_t stride, T* panel) {
+  constexpr int L = kLanes<T>, kAhead = 256 / sizeof(T);
   int64_t c = 0;
-  for (; c + L <= channels; c += L)
+  for (; c + 2 * L <= channels; c += 2 * L)
     for (int64_t q = 0; q < lanes; q += L) {
-      Vec<T> r[L];
-      for (int i = 0; i < L; i++) r[i] = lane[q + i] ? load(lane[q + i] + c) : Vec<T>{};
-      transpose<T>(r);
-      for (int i = 0; i < L; i++) store(panel + (c + i) * lanes + q, r[i]);
+      for (int i = 0; i < L; i++)
+        if (lane[q + i]) __builtin_prefetch(lane[q + i] + c + kAhead);
+      pack_square(lane + q, c, stride, panel + q);
+      pack_square(lane + q, c + L, stride, panel + q);
     }
+  for (; c + L <= channels; c += L)
+    for (int64_t q = 0; q < lanes; q += L) pack_square(lane + q, c, stride, panel + q);
   for (; c < channels; c++)
-    for (int64_t i = 0; i < lanes; i++) panel[c * lanes + i] = lane[i] ? lane[i][c] : T(0);
+    for (int64_t i = 0; i < lanes; i++) panel[c * stride + i] = lane[i] ? lane[i][c] : T(0);
 }
 
 // Only channels [begin, end), so that threads can share a tile.
 template <class T>
 void gather_channels_last(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes,
-                          int64_t begin, int64_t end, T* panel) {
+                          int64_t stride, int64_t begin, int64_t end, T* panel) {
   const T* lane[kMaxLanes];
   for (int64_t tap = 0; tap < w.taps(); tap++) {
     Pixel p = pixel_at(first, w);
@@ -92,14 +107,14 @@ void gather_channels_last(const T* x, const Images& in, const Window& w, int64_t
       const int64_t z = y < 0 ? -1 : source(w, 1, p.x, tap % w.kernel[1], in.width);
       lane[i] = z < 0 ? nullptr : x + ((p.image * in.height + y) * in.width + z) * in.channels + begin;
     }
-    pack_lanes(lane, end - begin, lanes, panel + (tap * in.channels + begin) * lanes);
+    pack_lanes(lane, end - begin, lanes, stride, panel + (tap * in.channels + begin) * stride);
   }
 }
 
 // Channels first, one tap, any stride: one number at a time.
 template <class T>
 void gather_numbers(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes,
-                    int64_t tap, T* panel) {
+                    int64_t stride, int64_t tap, T* panel) {
   const int64_t plane = in.height * in.width;
   int64_t offset[kMaxLanes];
   Pixel p = pixel_at(first, w);
@@ -108,7 +123,7 @@ void gather_numbers(const T* x, const Images& in, const Window& w, int64_t first
     const int64_t z = y < 0 ? -1 : source(w, 1, p.x, tap % w.kernel[1], in.width);
     offset[i] = z < 0 ? -1 : p.image * in.channels * plane + y * in.width + z;
   }
-  for (int64_t c = 0; c < in.channels; c++, panel += lanes)
+  for (int64_t c = 0; c < in.channels; c++, panel += stride)
     for (int64_t i = 0; i < lanes; i++) panel[i] = offset[i] < 0 ? T(0) : x[offset[i] + c * plane];
 }
 
@@ -118,15 +133,16 @@ void gather_numbers(const T* x, const Images& in, const Window& w, int64_t first
 template <class T>
 class PieceGather {
  public:
-  PieceGather(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes, T* panel)
-      : x_(x), in_(in), w_(w), vectors_(lanes / L), panel_(panel), plane_(in.height * in.width) {
+  PieceGather(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes,
+              int64_t stride, T* panel)
+      : x_(x), in_(in), w_(w), vectors_(lanes / L), stride_(stride), panel_(panel), plane_(in.height * in.width) {
     Run runs[kMaxLanes];
     const int n = find_runs(w, first, count, runs);
     for (int64_t i = 0, tap = 0; i < w.kernel[0]; i++)
       for (int64_t j = 0; j < w.kernel[1]; j++, tap++) {
         if (taps_ == kMaxTaps || pieces_ + vectors_ + n > kMaxPieces) flush();
         if (!add_tap(runs, n, i, j, tap))
-          gather_numbers(x, in, w, first, count, lanes, tap, panel + tap * in.channels * lanes);
+          gather_numbers(x, in, w, first, count, lanes, stride, tap, panel + tap * in.channels * stride);
       }
     flush();
   }
@@ -170,11 +186,10 @@ class PieceGather {
   }
 
   void flush() {
-    const int64_t lanes = vectors_ * L;
     for (int64_t c = 0; c < in_.channels; c++) {
       for (int t = 0; t < taps_; t++) {
         const T* x = x_ + c * plane_ + shift_[t];
-        T* to = panel_ + (tap_[t] * in_.channels + c) * lanes;
+        T* to = panel_ + (tap_[t] * in_.channels + c) * stride_;
         const int* begin = begin_ + begin_of_[t];
         for (int64_t v = 0; v < vectors_; v++) {
           Mask<T> bits = {};
@@ -189,7 +204,7 @@ class PieceGather {
   const T* x_;
   const Images& in_;
   const Window& w_;
-  const int64_t vectors_;
+  const int64_t vectors_, stride_;
   T* panel_;
   const int64_t plane_;
   int taps_ = 0, pieces_ = 0;
@@ -201,16 +216,30 @@ class PieceGather {
   Mask<T> mask_[kMaxPieces];
 };
 
-// Panel of the `count` pixels from `first`: w.taps() * in.channels rows of `lanes` numbers.
+// Panel of the `count` pixels from `first`: w.taps() * in.channels rows of `lanes` numbers, `stride` apart.
 template <class T>
-void gather(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes, T* panel) {
-  if (in.channels_last) return gather_channels_last(x, in, w, first, count, lanes, 0, in.channels, panel);
+void gather(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes, int64_t stride,
+            T* panel) {
+  if (in.channels_last) return gather_channels_last(x, in, w, first, count, lanes, stride, 0, in.channels, panel);
   if (w.stride[1] == 1) {
-    PieceGather<T>(x, in, w, first, count, lanes, panel);
+    PieceGather<T>(x, in, w, first, count, lanes, stride, panel);
     return;
   }
   for (int64_t tap = 0; tap < w.taps(); tap++)
-    gather_numbers(x, in, w, first, count, lanes, tap, panel + tap * in.channels * lanes);
+    gather_numbers(x, in, w, first, count, lanes, stride, tap, panel + tap * in.channels * stride);
+}
+
+// The first n columns of a square of a panel become rows of y.
+template <class T>
+SK_INLINE void unpack_square(const T* panel, int64_t lanes, int64_t n, T* y, int64_t stride) {
+  constexpr int L = kLanes<T>;
+  Vec<T> v[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) v[i] = load(panel + i * lanes);
+  transpose<T>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++)
+    if (i < n) store(y + i * stride, v[i]);
 }
 
 // Rows [row, row + rows) of the output, from a panel of them (row-major, `lanes` numbers each), at `count` pixels.
@@ -234,14 +263,16 @@ void scatter(const T* panel, int64_t row, int64_t rows, int64_t first, int64_t c
   }
   T* to = y + first * out.channels + row;
   int64_t r = 0;
-  for (; r + L <= rows; r += L)
+  for (; r + 2 * L <= rows; r += 2 * L)  // whole cache lines, as in pack_lanes
     for (int64_t q = 0; q < count; q += L) {
-      Vec<T> v[L];
-      for (int i = 0; i < L; i++) v[i] = load(panel + (r + i) * lanes + q);
-      transpose<T>(v);
-      const int n = int(std::min<int64_t>(L, count - q));
-      for (int i = 0; i < n; i++) store(to + (q + i) * out.channels + r, v[i]);
+      const int64_t n = std::min<int64_t>(L, count - q);
+      unpack_square(panel + r * lanes + q, lanes, n, to + q * out.channels + r, out.channels);
+      unpack_square(panel + (r + L) * lanes + q, lanes, n, to + q * out.channels + r + L, out.channels);
     }
+  for (; r + L <= rows; r += L)
+    for (int64_t q = 0; q < count; q += L)
+      unpack_square(panel + r * lanes + q, lanes, std::min<int64_t>(L, count - q), to + q * out.channels + r,
+                    out.channels);
   for (; r < rows; r++)
     for (int64_t i = 0; i < count; i++) to[i * out.channels + r] = panel[r * lanes + i];
 }

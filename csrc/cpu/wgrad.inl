@@ -132,10 +132,10 @@ class WeightGradRun {
   void fill_slice(const T* from, const Images& im, const Window& window, int64_t piece, int64_t slice, T* panel) {
     const int64_t first = piece * lanes_, count = std::min(lanes_, pixels_ - first);
     if (im.channels_last)
-      gather_channels_last(from, im, window, first, count, lanes_, slice * kSlice,
+      gather_channels_last(from, im, window, first, count, lanes_, lanes_, slice * kSlice,
                            std::min((slice + 1) * kSlice, im.channels), panel);
     else
-      gather(from, im, window, first, count, lanes_, panel);
+      gather(from, im, window, first, count, lanes_, lanes_, panel);
   }
 
   void gather_slice(int64_t slice) { fill(piece_, slice, panels_); }
