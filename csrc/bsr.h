@@ -12,7 +12,7 @@ namespace sk {
 // value index in [0, size) or -1 (SELL padding), row numbers within their range, pointers monotone. The bindings check
 // that header and tensors belong together; kernels check nothing.
 struct Plan {
-  static constexpr int32_t kMagic = 0x5B52, kHeader = 16, kStrip = 0, kSell = 1, kNone = 2;
+  static constexpr int32_t kMagic = 0x5B53, kHeader = 18, kStrip = 0, kSell = 1, kNone = 2;
   static constexpr int kStripRows = 4, kSegmentRows = 128, kWideRows = 16;
 
   int32_t kind;
@@ -21,14 +21,18 @@ struct Plan {
   bool overhang;           // some of those numbers lie beyond the edge and are not weights
   int64_t row_stride;      // STRIP: distance of the weights of neighbouring rows
 
-  // STRIP: strip s owns rows first_row[s] .. + rows_of[s] and entries pointer[s] .. pointer[s + 1]
-  int64_t strips, entry_count;
+  // STRIP: strip s owns rows first_row[s] .. + rows_of[s] and in span i entries pointer[i * strips + s] .. Span i are
+  // span_channels channels from i * span_channels on (fewer at the end), k = tap * (channels of the span) + channel;
+  // forward and dgrad have one span. Entries come in runs of neighbours a multiple of `run` long.
+  int64_t strips, entry_count, span_channels, run;
   const int32_t *first_row, *rows_of, *pointer;
   const int32_t* entries;  // pairs: k, index of the first row's weight
+  int64_t spans;
 
-  // SELL: segment s owns rows bounds[s] .. bounds[s + 1]; (segment, span) owns groups group_pointer[s * spans + span]
+  // SELL: `spans` of k; segment s owns rows bounds[s] .. bounds[s + 1]; (segment, span) owns groups group_pointer[s *
+  // spans + span]
   // ..
-  int64_t segments, spans, steps;
+  int64_t segments, steps;
   const int32_t *bounds, *group_pointer;
   const int32_t *group_rows, *step_pointer;  // group g: 4 rows within the segment; steps step_pointer[g] ..
   const int32_t *step_k, *step_value;        // step: 4 k, 4 value indices
@@ -55,12 +59,13 @@ struct Plan {
     const int32_t* at = plan + kHeader;
     const int32_t* const end = plan + length;
     if (out.kind == kStrip) {
-      const int64_t strips = plan[7], entries = plan[8];
-      if (end - at < 3 * strips + 1 + 2 * entries) return false;
-      out.strips = strips, out.entry_count = entries;
+      const int64_t strips = plan[7], entries = plan[8], spans = plan[9];
+      if (end - at < (2 + spans) * strips + 1 + 2 * entries) return false;
+      out.strips = strips, out.entry_count = entries, out.spans = spans;
+      out.span_channels = plan[10], out.run = plan[16];
       out.first_row = at, at += strips;
       out.rows_of = at, at += strips;
-      out.pointer = at, at += strips + 1;
+      out.pointer = at, at += spans * strips + 1;
       out.entries = at, at += 2 * entries;
     } else if (out.kind == kSell) {
       const int64_t segments = plan[7], spans = plan[8], groups = plan[9], steps = plan[10];

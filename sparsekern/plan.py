@@ -15,9 +15,9 @@ SELL   rows that share nothing (blocks one row high), 4 at a time. Rows are cut 
 
            (segment, span): first group     group: 4 rows, first step     step: 4 k, 4 weight indices
 
-WIDE   a second plan behind the first, where blocks are a multiple of 16 rows high: strips of 16 rows, which are computed
-       side by side in the lanes of vectors, straight from activations whose channels are neighbours in memory (linear
-       and channels_last). Its k are told apart by tap, whose pixels are found once::
+WIDE   a second plan behind the first, where blocks are a multiple of 16 rows high: strips of 16 rows, computed side by
+       side in the lanes of vectors straight from activations whose channels are neighbours in memory (linear and
+       channels_last). Its k are told apart by tap, whose pixels are found once::
 
            strip:   first row, number of rows, first part          part:   tap, first entry
            entry:   channel, index of the first row's weight
@@ -26,10 +26,13 @@ WIDE   a second plan behind the first, where blocks are a multiple of 16 rows hi
        plan are (tap, input channel) and output.
 
 wgrad reads the STRIP format (with strips of one row where blocks are one row high): entry by entry it is a dot product.
+There the channels are cut into spans whose activations stay in a cache: the entries are sorted by span, then strip, and
+k counts within the span, ``tap * its channels + channel``.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,8 +43,8 @@ from torch import Tensor
 
 from .pattern import INT32_MAX, BlockPattern
 
-MAGIC = 0x5B52  # changes with the format
-HEADER = 16
+MAGIC = 0x5B53  # changes with the format
+HEADER = 18
 BLOCKSIZE = slice(11, 13)  # where in the header it stands
 STRIP, SELL, NONE = 0, 1, 2
 STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
@@ -49,6 +52,9 @@ SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
 WIDE_ROWS = 16
 PIECE = 256  # entries that one part may have, so that rounding errors stay those of short sums
 SPAN = 256  # rows of packed X that stay in the first-level cache
+# Of wgrad: X of so many rows stays in the second-level cache, for as many pixels as make a long sum; where weights come
+# in vectors of neighbours (of at least 8), which need no long sums, more rows are worth more.
+WGRAD_SPAN, WGRAD_SPAN_VECTORS = 256, 1024
 
 Ints = npt.NDArray[np.int64]
 Kernel = tuple[int, int, int]  # kernel height, kernel width, groups
@@ -91,25 +97,36 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     overhang = pattern.nnz != size
     by_output = (rows, tap * inputs + channel, index)
     by_input = (tap * inputs + channel, rows, index)
-    strips = _strip_plan(by_output, _split(output_cuts, outputs), outputs, taps * inputs, bw, size, overhang)
+    output_starts, input_starts = _split(output_cuts, outputs), _split(input_cuts, taps * inputs)
+    # How many neighbouring k always come together, with neighbouring weights.
+    run = math.gcd(bw, group_inputs)
+    width = WGRAD_SPAN_VECTORS if run >= 8 else WGRAD_SPAN
+    span = max(width // taps // WIDE_ROWS, 1) * WIDE_ROWS if run >= 8 else max(width // taps, 1)
+    wgrad = _strip_plan(
+        by_output, output_starts, outputs, taps * inputs, bw, size, overhang, channels=inputs, span=span, run=run
+    )
     if kernel is None and wide_outputs:
         forward = _no_plan(outputs, inputs, size, overhang)
     else:
-        forward = strips if bh > 1 else _sell_plan(by_output, outputs, taps * inputs, size, overhang)
+        forward = (
+            _strip_plan(by_output, output_starts, outputs, taps * inputs, bw, size, overhang)
+            if bh > 1
+            else _sell_plan(by_output, outputs, taps * inputs, size, overhang)
+        )
     if kernel is None and wide_inputs:
         dgrad = _no_plan(inputs, outputs, size, overhang)
     elif bw > 1:
-        dgrad = _strip_plan(by_input, _split(input_cuts, taps * inputs), taps * inputs, outputs, 1, size, overhang)
+        dgrad = _strip_plan(by_input, input_starts, taps * inputs, outputs, 1, size, overhang)
     else:
         dgrad = _sell_plan(by_input, taps * inputs, outputs, size, overhang)
     if wide_outputs:
         forward = _add_wide(forward, by_output, outputs, inputs, bw)
     if wide_inputs:
         dgrad = _add_wide(dgrad, (channel, tap * outputs + rows, index), inputs, outputs, 1)
-    for plan in (forward, dgrad, strips):
+    for plan in (forward, dgrad, wgrad):
         plan[BLOCKSIZE] = torch.tensor([bh, bw], dtype=torch.int32)
     to = pattern.device
-    return Plans(pattern._crow, pattern._col, forward.to(to), dgrad.to(to), strips.to(to))
+    return Plans(pattern._crow, pattern._col, forward.to(to), dgrad.to(to), wgrad.to(to))
 
 
 def _weights(pattern: BlockPattern) -> tuple[Ints, Ints, Ints]:
@@ -148,18 +165,37 @@ def _as_tensor(*parts: Ints) -> Tensor:
 
 
 def _strip_plan(
-    weights: tuple[Ints, Ints, Ints], starts: Ints, rows: int, ks: int, row_stride: int, size: int, overhang: bool
+    weights: tuple[Ints, Ints, Ints],
+    starts: Ints,
+    rows: int,
+    ks: int,
+    row_stride: int,
+    size: int,
+    overhang: bool,
+    *,
+    channels: int | None = None,
+    span: int | None = None,
+    run: int = 1,
 ) -> Tensor:
+    """``span`` channels of ``channels`` at a time; by default all k together."""
     row, k, index = weights
+    channels = ks if channels is None else channels
+    span = max(channels, 1) if span is None else span
+    spans = max(-(-channels // span), 1)
+    tap, channel = np.divmod(k, max(channels, 1))
+    nth = channel // span
+    k = tap * np.minimum(span, channels - nth * span) + channel - nth * span
+
     strip_of_row = np.full(rows, -1, dtype=np.int64)
     strip_of_row[starts] = np.arange(len(starts))
-    strip = strip_of_row[row]
-    first = np.flatnonzero(strip >= 0)  # the weights of each strip's first row stand for those below them
-    order = first[np.lexsort((k[first], strip[first]))]
-    counts = np.bincount(strip[order], minlength=len(starts))
+    first = np.flatnonzero(strip_of_row[row] >= 0)  # the weights of each strip's first row stand for those below them
+    place = (nth * len(starts) + strip_of_row[row])[first]
+    order = np.lexsort((k[first], place))
+    counts = np.bincount(place, minlength=len(starts) * spans)
     lengths = np.diff(np.append(starts, rows))
-    entries = np.stack([k[order], index[order]], axis=1)
-    header = _header(STRIP, rows, ks, size, overhang, len(starts), len(order), 0, row_stride)
+    entries = np.stack([k[first][order], index[first][order]], axis=1)
+    header = _header(STRIP, rows, ks, size, overhang, len(starts), len(order), spans, row_stride)
+    header[10], header[16] = span, run
     return _as_tensor(header, starts, lengths, _pointers(counts), entries)
 
 

@@ -23,11 +23,11 @@ class Read(NamedTuple):
     wide: list[tuple[int, int, int, int]]  # (row, tap, channel, value index), of the second plan
 
 
-def read(tensor: torch.Tensor) -> Read:
+def read(tensor: torch.Tensor, channels: int | None = None) -> Read:
     numbers = tensor.numpy()
     assert tensor.dtype == torch.int32
     header, rest = numbers[: plan.HEADER].tolist(), numbers[plan.HEADER :]
-    magic, kind, rows, ks, size, overhang, row_stride, *counts = header
+    magic, kind, rows, ks, size, overhang, row_stride = header[:7]
     assert magic == plan.MAGIC
     wide_counts = header[13:16]
 
@@ -37,30 +37,37 @@ def read(tensor: torch.Tensor) -> Read:
         assert len(part) == n
         return part.astype(np.int64)
 
+    counts = header[7:11]
     take_weights = {plan.STRIP: read_strips, plan.SELL: read_sell, plan.NONE: lambda *_: []}[kind]
-    weights = take_weights(take, rows, ks, row_stride, counts)
+    weights = take_weights(take, rows, ks, row_stride, counts, channels or ks)
     wide = read_wide(take, *wide_counts) if wide_counts[0] else []
     assert len(rest) == 0
     return Read(kind, rows, ks, size, overhang, weights, wide)
 
 
-def read_strips(take, rows, ks, row_stride, counts):
-    strips, entries = counts[:2]
-    first, lengths, pointer, pairs = take(strips), take(strips), take(strips + 1), take(2 * entries).reshape(-1, 2)
+def read_strips(take, rows, ks, row_stride, counts, channels):
+    strips, entries, spans, span = counts
+    first, lengths, pointer = take(strips), take(strips), take(spans * strips + 1)
+    pairs = take(2 * entries).reshape(-1, 2)
     assert ((lengths >= 1) & (lengths <= plan.STRIP_ROWS)).all()
     covered = [first[s] + i for s in range(strips) for i in range(lengths[s])]
     assert covered == list(range(rows))
     assert pointer[0] == 0
     assert pointer[-1] == entries
     weights = []
-    for s in range(strips):
-        mine = pairs[pointer[s] : pointer[s + 1]]
+    for place in range(spans * strips):
+        nth, s = divmod(place, strips)
+        mine = pairs[pointer[place] : pointer[place + 1]]
         assert (np.diff(mine[:, 0]) > 0).all(), "k in ascending order, each once"
-        weights += [(first[s] + i, k, index + i * row_stride) for k, index in mine for i in range(lengths[s])]
+        of_span = min(span, channels - nth * span)
+        for k, index in mine:
+            tap, channel = divmod(k, of_span)
+            k = tap * channels + nth * span + channel
+            weights += [(first[s] + i, k, index + i * row_stride) for i in range(lengths[s])]
     return weights
 
 
-def read_sell(take, rows, ks, row_stride, counts):
+def read_sell(take, rows, ks, row_stride, counts, _):
     segments, spans, groups, steps = counts[:4]
     bounds, group_pointer = take(segments + 1), take(segments * spans + 1)
     members, step_pointer = take(4 * groups).reshape(-1, 4), take(groups + 1)
@@ -138,7 +145,7 @@ def check(p: Problem) -> None:
         (plans.wgrad, forward, outputs, taps * inputs),
         (plans.dgrad, dgrad, taps * inputs, outputs),
     ):
-        found = read(tensor)
+        found = read(tensor, inputs if tensor is plans.wgrad else None)
         if found.kind != plan.NONE:
             assert sorted(found.weights) == weights, p.name
         assert (found.rows, found.ks, found.size) == (rows, ks, p.values.numel())

@@ -39,7 +39,7 @@ class ConvDgradRun {
     for (int64_t pixel = begin * area_; pixel < end * area_; pixel += 3 * L) {
       const int64_t count = std::min<int64_t>(3 * L, end * area_ - pixel), vectors = (count + L - 1) / L;
       const Window grid = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p_.window.grid[0], p_.window.grid[1]}};
-      gather(p_.x, p_.in, grid, pixel, count, vectors * L, kRow<T>, panel);
+      gather(p_.x, p_.in, grid, pixel, count, vectors * L, kRow<T>, 0, p_.in.channels, panel);
       std::fill_n(panel + p_.plan.ks * kRow<T>, vectors * L, T(0));  // what SELL's padding reads
       for (int64_t c = 0; c < chunks_; c++) {
         const auto rows = product_->compute(panel, vectors, c, y);

@@ -44,7 +44,7 @@ class ForwardRun {
 
   void fill(int64_t tile, T* panel) {
     const int64_t first = vector_of(tile) * L, lanes = (vector_of(tile + 1) - vector_of(tile)) * L;
-    gather(p_.x, p_.in, p_.window, first, std::min(lanes, pixels_ - first), lanes, kRow<T>, panel);
+    gather(p_.x, p_.in, p_.window, first, std::min(lanes, pixels_ - first), lanes, kRow<T>, 0, p_.in.channels, panel);
     std::fill_n(panel + p_.plan.ks * kRow<T>, lanes, T(0));  // what SELL's padding reads
   }
 

@@ -4,7 +4,8 @@
 //     k  |x x x|                       | acc acc acc |            one entry: 3 loads, 4 broadcasts, 12 FMAs
 //        |x x x|  <- panel of X   w -> | acc acc acc |
 //        |x x x|                  w -> | acc acc acc |          SELL: 4 rows, each with its own k
-//                                 w -> | acc acc acc |            one step: 1 load, 4 shuffles, 12 FMAs with a load each
+//                                 w -> | acc acc acc |            one step: 1 load, 4 shuffles, 12 FMAs with a load
+//                                 each
 //
 // The kernels read a stream: the weights in the order of use, and beside them where in the panel each finds its X. It
 // is written once per call from the plan and the values (strided reads of the values would cost more, tile by tile).
@@ -199,8 +200,9 @@ class Chunks {
 
   void fill_stream() {
     const int64_t tasks = plan_.kind == Plan::kStrip ? count(plan_) : plan_.segments * plan_.spans;
-    p_.parallel(tasks, 4 * entries(plan_) / (tasks + 1),
-                [](void* self, int64_t i) { static_cast<Chunks*>(self)->fill_some(i); }, this);
+    p_.parallel(
+        tasks, 4 * entries(plan_) / (tasks + 1),
+        [](void* self, int64_t i) { static_cast<Chunks*>(self)->fill_some(i); }, this);
   }
 
   Rows rows(int64_t chunk) const {
@@ -228,9 +230,7 @@ class Chunks {
 
   static int64_t entries(const Plan& plan) { return plan.kind == Plan::kStrip ? plan.entry_count : plan.steps; }
 
-  static bool near(const Plan& plan) {
-    return plan.ks * kRow<T> * int64_t(sizeof(T)) / NearStep::kUnit <= UINT16_MAX;
-  }
+  static bool near(const Plan& plan) { return plan.ks * kRow<T> * int64_t(sizeof(T)) / NearStep::kUnit <= UINT16_MAX; }
 
   int64_t strip_of(int64_t chunk) const { return chunk * plan_.strips / count(plan_); }
 

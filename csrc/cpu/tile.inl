@@ -95,7 +95,6 @@ void pack_lanes(const T* const* lane, int64_t channels, int64_t lanes, int64_t s
     for (int64_t i = 0; i < lanes; i++) panel[c * stride + i] = lane[i] ? lane[i][c] : T(0);
 }
 
-// Only channels [begin, end), so that threads can share a tile.
 template <class T>
 void gather_channels_last(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes,
                           int64_t stride, int64_t begin, int64_t end, T* panel) {
@@ -107,14 +106,14 @@ void gather_channels_last(const T* x, const Images& in, const Window& w, int64_t
       const int64_t z = y < 0 ? -1 : source(w, 1, p.x, tap % w.kernel[1], in.width);
       lane[i] = z < 0 ? nullptr : x + ((p.image * in.height + y) * in.width + z) * in.channels + begin;
     }
-    pack_lanes(lane, end - begin, lanes, stride, panel + (tap * in.channels + begin) * stride);
+    pack_lanes(lane, end - begin, lanes, stride, panel + tap * (end - begin) * stride);
   }
 }
 
 // Channels first, one tap, any stride: one number at a time.
 template <class T>
 void gather_numbers(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes,
-                    int64_t stride, int64_t tap, T* panel) {
+                    int64_t stride, int64_t tap, int64_t begin, int64_t end, T* panel) {
   const int64_t plane = in.height * in.width;
   int64_t offset[kMaxLanes];
   Pixel p = pixel_at(first, w);
@@ -123,7 +122,7 @@ void gather_numbers(const T* x, const Images& in, const Window& w, int64_t first
     const int64_t z = y < 0 ? -1 : source(w, 1, p.x, tap % w.kernel[1], in.width);
     offset[i] = z < 0 ? -1 : p.image * in.channels * plane + y * in.width + z;
   }
-  for (int64_t c = 0; c < in.channels; c++, panel += stride)
+  for (int64_t c = begin; c < end; c++, panel += stride)
     for (int64_t i = 0; i < lanes; i++) panel[i] = offset[i] < 0 ? T(0) : x[offset[i] + c * plane];
 }
 
@@ -134,15 +133,23 @@ template <class T>
 class PieceGather {
  public:
   PieceGather(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes,
-              int64_t stride, T* panel)
-      : x_(x), in_(in), w_(w), vectors_(lanes / L), stride_(stride), panel_(panel), plane_(in.height * in.width) {
+              int64_t stride, int64_t begin, int64_t end, T* panel)
+      : x_(x),
+        in_(in),
+        w_(w),
+        vectors_(lanes / L),
+        stride_(stride),
+        begin_channel_(begin),
+        end_channel_(end),
+        panel_(panel),
+        plane_(in.height * in.width) {
     Run runs[kMaxLanes];
     const int n = find_runs(w, first, count, runs);
     for (int64_t i = 0, tap = 0; i < w.kernel[0]; i++)
       for (int64_t j = 0; j < w.kernel[1]; j++, tap++) {
         if (taps_ == kMaxTaps || pieces_ + vectors_ + n > kMaxPieces) flush();
         if (!add_tap(runs, n, i, j, tap))
-          gather_numbers(x, in, w, first, count, lanes, stride, tap, panel + tap * in.channels * stride);
+          gather_numbers(x, in, w, first, count, lanes, stride, tap, begin, end, panel + tap * (end - begin) * stride);
       }
     flush();
   }
@@ -186,10 +193,10 @@ class PieceGather {
   }
 
   void flush() {
-    for (int64_t c = 0; c < in_.channels; c++) {
+    for (int64_t c = begin_channel_; c < end_channel_; c++) {
       for (int t = 0; t < taps_; t++) {
         const T* x = x_ + c * plane_ + shift_[t];
-        T* to = panel_ + (tap_[t] * in_.channels + c) * stride_;
+        T* to = panel_ + (tap_[t] * (end_channel_ - begin_channel_) + c - begin_channel_) * stride_;
         const int* begin = begin_ + begin_of_[t];
         for (int64_t v = 0; v < vectors_; v++) {
           Mask<T> bits = {};
@@ -204,7 +211,7 @@ class PieceGather {
   const T* x_;
   const Images& in_;
   const Window& w_;
-  const int64_t vectors_, stride_;
+  const int64_t vectors_, stride_, begin_channel_, end_channel_;
   T* panel_;
   const int64_t plane_;
   int taps_ = 0, pieces_ = 0;
@@ -216,17 +223,18 @@ class PieceGather {
   Mask<T> mask_[kMaxPieces];
 };
 
-// Panel of the `count` pixels from `first`: w.taps() * in.channels rows of `lanes` numbers, `stride` apart.
+// Channels [begin, end) of the panel of the `count` pixels from `first`: rows tap * (end - begin) + channel - begin of
+// `lanes` numbers, `stride` apart.
 template <class T>
 void gather(const T* x, const Images& in, const Window& w, int64_t first, int64_t count, int64_t lanes, int64_t stride,
-            T* panel) {
-  if (in.channels_last) return gather_channels_last(x, in, w, first, count, lanes, stride, 0, in.channels, panel);
+            int64_t begin, int64_t end, T* panel) {
+  if (in.channels_last) return gather_channels_last(x, in, w, first, count, lanes, stride, begin, end, panel);
   if (w.stride[1] == 1) {
-    PieceGather<T>(x, in, w, first, count, lanes, stride, panel);
+    PieceGather<T>(x, in, w, first, count, lanes, stride, begin, end, panel);
     return;
   }
   for (int64_t tap = 0; tap < w.taps(); tap++)
-    gather_numbers(x, in, w, first, count, lanes, stride, tap, panel + tap * in.channels * stride);
+    gather_numbers(x, in, w, first, count, lanes, stride, tap, begin, end, panel + tap * (end - begin) * stride);
 }
 
 // The first n columns of a square of a panel become rows of y.

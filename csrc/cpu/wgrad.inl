@@ -1,14 +1,18 @@
-// dW[weight] = sum_pixel G[row, pixel] * X[k, pixel], and with it db[row] = sum_pixel G[row, pixel]: the micro-kernel
+// dW[weight] = sum_pixel G[row, pixel] * X[k, pixel], and with it db[row] = sum_pixel G[row, pixel]: the micro-kernels
 // of wgrad, and its driver.
 //
-//      row of G  |g g g g g ...|      a tile of R rows times N entries of one strip: R + N loads, R * N FMAs per vector
-//      row k of X  |x x x x ...|      of pixels; at the end the lanes of each accumulator are summed
+//   dot: panels [k][pixel], a tile of R rows times N entries of     outer: panels [channel / lanes][pixel][lanes],
+//   where one strip; the lanes of each sum are added at the end           neighbouring weights have neighbouring
+//   channels
+//      row of G    |g g g g g ...|                                     X at pixel   |x x x x|  |x x x x|  |x x x x|
+//      row k of X  |x x x x x ...|                                     4 rows of G   g -> acc     acc        acc
+//   R + N loads, R * N FMAs per vector of pixels                    N vectors + R broadcasts, R * N FMAs per pixel
 //
-// Who computes what: pixels are cut into pieces that fit the second-level cache (by shape alone). With one piece, all
-// threads gather it and then share its strips; with more, a task is a range of pieces with sums of its own.
-// Order of summation: lane by lane over the pixels of a piece, then over lanes, pieces and ranges, in that order;
-// ranges are a number fixed by shape, so threads do not matter. Limits: a strip of one row (blocks one row high) loads
-// X once per FMA.
+// Who computes what: pixels are cut into pieces, channels into the plan's spans, both so that a span's X stays in a
+// cache. With few pieces, all threads pack a few spans and then share their strips; with many, a task is a range of
+// pieces with sums of its own. Order of summation: pixel by pixel of a piece (dot: lane by lane, then over lanes), then
+// pieces, then ranges; their numbers are fixed by shape, so threads do not matter.
+// Limits: a strip of one row (blocks one row high) loads X once per FMA.
 
 // Adds (or, at the first piece, writes) the sums of R rows times n <= N entries.
 template <class T, int R, int N>
@@ -31,7 +35,7 @@ SK_INLINE void dot_kernel(const T* grad, const T* x, int64_t lanes, const int32_
       for (int r = 0; r < R; r++) {
         const Vec<T> g = load_once(grad + r * lanes + p);
 #pragma GCC unroll 8
-        for (int j = 0; j < N; j++) acc[j * R + r] += g * xv[j];
+        for (int j = 0; j < N; j++) acc[j * R + r] = fma<T>(acc[j * R + r], g, xv[j]);
       }
     } else {
       Vec<T> g[R];
@@ -39,9 +43,13 @@ SK_INLINE void dot_kernel(const T* grad, const T* x, int64_t lanes, const int32_
       for (int r = 0; r < R; r++) g[r] = load_once(grad + r * lanes + p);
 #pragma GCC unroll 8
       for (int j = 0; j < N; j++) {
-        const Vec<T> xv = R > 1 ? load_once(xs[j] + p) : load(xs[j] + p);
+        if constexpr (R == 1) {
+          acc[j] = fma_from<T>(acc[j], g[0], xs[j] + p);
+        } else {
+          const Vec<T> xv = load_once(xs[j] + p);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) acc[j * R + r] += g[r] * xv;
+          for (int r = 0; r < R; r++) acc[j * R + r] = fma<T>(acc[j * R + r], g[r], xv);
+        }
       }
     }
   }
@@ -58,152 +66,329 @@ SK_INLINE void dot_kernel(const T* grad, const T* x, int64_t lanes, const int32_
 template <class T, int R, int N>
 void dot_strip(const T* grad, const T* x, int64_t lanes, const int32_t* entry, int64_t n, int64_t row_stride,
                bool first, T* values) {
-  for (; n > 0; n -= N, entry += 2 * N)
-    dot_kernel<T, R, N>(grad, x, lanes, entry, n < N ? int(n) : N, row_stride, first, values);
+  for (; n >= N; n -= N, entry += 2 * N) dot_kernel<T, R, N>(grad, x, lanes, entry, N, row_stride, first, values);
+  if constexpr (N > 4) {
+    if (n > 0 && n <= N / 2) {
+      dot_kernel<T, R, N / 2>(grad, x, lanes, entry, int(n), row_stride, first, values);
+      return;
+    }
+  }
+  if (n > 0) dot_kernel<T, R, N>(grad, x, lanes, entry, int(n), row_stride, first, values);
 }
 
+// Places of a pixel of X and of the pixel of G that reads it, in numbers from their first.
+struct Pair {
+  int32_t x, grad;
+};
+
+// Adds (or writes) the sums of R rows times N vectors of neighbouring weights.
+template <class T, int R, int N>
+SK_INLINE void outer_kernel(const T* const* grad, const T* const* x, const Pair* pair, int64_t n, bool first,
+                            int64_t row_stride, T* const* values) {
+  const T *gs[R], *xs[N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) gs[r] = grad[r];
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) xs[j] = x[j];
+  Vec<T> acc[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) acc[r][j] = Vec<T>{};
+  for (const Pair* end = pair + n; pair != end; pair++) {
+    const int64_t at = pair->x, g = pair->grad;
+    Vec<T> xv[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) xv[j] = load_once(xs[j] + at);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const Vec<T> b = splat(gs[r][g]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) acc[r][j] = fma<T>(acc[r][j], b, xv[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      T* to = values[j] + r * row_stride;
+      store(to, first ? acc[r][j] : load(to) + acc[r][j]);
+    }
+}
+
+// Channels [begin, end) of `images` images from x on as [channel / lanes][pixel][lanes]; lanes beyond `end` are zeros.
 template <class T>
-SK_INLINE T sum_row(const T* row, int64_t lanes) {
-  Vec<T> acc = {};
-  for (int64_t p = 0; p < lanes; p += kLanes<T>) acc += load(row + p);
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; i++) sum += acc[i];
-  return sum;
+void pack_channels(const T* x, const Images& in, int64_t images, int64_t begin, int64_t end, T* panel) {
+  constexpr int L = kLanes<T>;
+  const int64_t area = in.height * in.width, pixels = images * area;
+  if (in.channels_last) {
+    int64_t c = begin;
+    for (; c + 2 * L <= end; c += 2 * L, panel += 2 * pixels * L)  // whole cache lines
+      for (int64_t p = 0; p < pixels; p++) {
+        const T* from = x + p * in.channels + c;
+        store(panel + p * L, load(from)), store(panel + (pixels + p) * L, load(from + L));
+      }
+    for (; c + L <= end; c += L, panel += pixels * L)
+      for (int64_t p = 0; p < pixels; p++) store(panel + p * L, load(x + p * in.channels + c));
+    for (int64_t p = 0; c < end && p < pixels; p++)
+      for (int i = 0; i < L; i++) panel[p * L + i] = c + i < end ? x[p * in.channels + c + i] : T(0);
+    return;
+  }
+  for (int64_t c = begin; c < end; c += L, panel += pixels * L)
+    for (int64_t image = 0; image < images; image++) {
+      const T* lane[L];
+      for (int i = 0; i < L; i++) lane[i] = c + i < end ? x + (image * in.channels + c + i) * area : nullptr;
+      pack_lanes(lane, area, L, L, panel + image * area * L);
+    }
 }
 
 template <class T>
 class WeightGradRun {
  public:
   explicit WeightGradRun(const WeightGrad<T>& p) : p_(p), plan_(p.plan) {
-    pixels_ = p.in.images * p.window.grid[0] * p.window.grid[1];
-    const int64_t fit = kPieceBytes / int64_t(sizeof(T)) / (plan_.ks + 1);
-    const int64_t piece = std::clamp(fit / L * L, int64_t(64), kMaxLanes);
-    pieces_ = (pixels_ + piece - 1) / piece;
-    lanes_ = pieces_ ? ((pixels_ + pieces_ - 1) / pieces_ + L - 1) / L * L : 0;
-    pieces_ = lanes_ ? (pixels_ + lanes_ - 1) / lanes_ : 0;
-    ranges_ = std::min(pieces_, kRanges);
-    if (plan_.size * ranges_ > kRangeNumbers) ranges_ = 1;
+    grid_ = p.window.grid[0] * p.window.grid[1], area_ = p.in.height * p.in.width, taps_ = p.window.taps();
     identity_ = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p.window.grid[0], p.window.grid[1]}};
-    grad_at_ = plan_.ks * lanes_;
-    panel_ = grad_at_ + plan_.rows * lanes_;
-    x_slices_ = slices(p.in), grad_slices_ = slices(p.out);
+    channels_ = std::max<int64_t>(std::min(plan_.span_channels, p.in.channels), 1);
+    // Whole images, unless they are too large for it.
+    outer_ = plan_.run % L == 0 && taps_ <= kMaxTaps && channels_ * area_ * int64_t(sizeof(T)) <= 4 * kSpanBytes;
+    if (outer_) {
+      pixels_ = p.in.images;  // whole images
+      lanes_ = std::clamp<int64_t>(kSpanBytes / int64_t(sizeof(T)) / (channels_ * area_), 1, 64);
+      span_ = (channels_ + L - 1) / L * L * area_;
+      grad_ = (plan_.rows + L - 1) / L * L * grid_;
+    } else {
+      pixels_ = p.in.images * grid_;
+      const int64_t fit = kSpanBytes / int64_t(sizeof(T)) / (channels_ * taps_);
+      lanes_ = std::clamp<int64_t>(fit, kMinLanes, kMaxLanes);
+      span_ = channels_ * taps_, grad_ = plan_.rows;
+    }
+    pieces_ = (pixels_ + lanes_ - 1) / lanes_;
+    lanes_ = pieces_ ? (pixels_ + pieces_ - 1) / pieces_ : 0;
+    if (!outer_) lanes_ = (lanes_ + L - 1) / L * L;
+    pieces_ = lanes_ ? (pixels_ + lanes_ - 1) / lanes_ : 0;
+    span_ *= lanes_, grad_ *= lanes_;
+    ranges_ = pieces_ < kManyPieces || plan_.size * kRanges > kRangeNumbers ? 1 : kRanges;
   }
 
   void run() {
     if (plan_.overhang || pixels_ == 0) std::fill(p_.values, p_.values + plan_.size, T(0));
     if (pixels_ == 0 && p_.bias) std::fill(p_.bias, p_.bias + plan_.rows, T(0));
     if (pixels_ == 0 || plan_.rows == 0) return;
-    const int64_t work = plan_.size * pixels_;
-    if (ranges_ > 1) {
-      partial_ = static_cast<T*>(p_.scratch(0, size_t((ranges_ - 1) * (plan_.size + plan_.rows)) * sizeof(T)));
-      p_.parallel(
-          ranges_, work / ranges_, [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->one_range(i); },
-          this);
-      p_.parallel((plan_.strips + kStripTask - 1) / kStripTask, ranges_ * plan_.size / (plan_.strips / kStripTask + 1),
-                  [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->add_ranges(i); }, this);
-      return;
-    }
-    panels_ = static_cast<T*>(p_.scratch(0, size_t(panel_) * sizeof(T)));
-    const int64_t tasks = (plan_.strips + kStripTask - 1) / kStripTask;
-    for (piece_ = 0; piece_ < pieces_; piece_++) {
-      p_.parallel(
-          x_slices_ + grad_slices_, panel_ / (x_slices_ + grad_slices_),
-          [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->gather_slice(i); }, this);
-      p_.parallel(
-          tasks, work / pieces_ / (tasks + 1) + 1,
-          [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->some_strips(i); }, this);
-    }
+    const int64_t sums = ranges_ > 1 ? (ranges_ - 1) * numbers() : 0, pairs = outer_ ? taps_ * lanes_ * grid_ : 0;
+    const int64_t batch = std::clamp<int64_t>(2 * kSpanBytes / int64_t(sizeof(T)) / span_, 1, plan_.spans);
+    const int64_t panels = ranges_ > 1 ? 0 : batch * span_ + grad_;
+    char* scratch = static_cast<char*>(p_.scratch(0, size_t(sums + panels) * sizeof(T) + pairs * sizeof(Pair)));
+    panel_ = reinterpret_cast<T*>(scratch), partial_ = panel_;
+    pairs_ = reinterpret_cast<Pair*>(scratch + (sums + panels) * sizeof(T));
+    if (outer_) find_pairs();
+    ranges_ > 1 ? each_range() : together(batch);
   }
 
  private:
   static constexpr int L = kLanes<T>;
-  static constexpr int64_t kPieceBytes = 384 << 10, kRanges = 8, kRangeNumbers = 4 << 20, kStripTask = 8, kSlice = 128;
+  static constexpr int64_t kSpanBytes = 256 << 10, kMinLanes = 64, kManyPieces = 8, kRanges = 8;
+  static constexpr int64_t kRangeNumbers = 2 << 20, kStripTask = 8, kSlice = 128, kSumTask = 1 << 14, kMaxTaps = 256;
 
-  static int64_t slices(const Images& im) { return im.channels_last ? (im.channels + kSlice - 1) / kSlice : 1; }
+  int64_t numbers() const { return plan_.size + plan_.rows; }
+  int64_t strip_tasks() const { return (plan_.strips + kStripTask - 1) / kStripTask; }
+  int64_t begin_of(int64_t span) const { return span * plan_.span_channels; }
+  int64_t end_of(int64_t span) const { return std::min((span + 1) * plan_.span_channels, p_.in.channels); }
+  int64_t slices() const { return p_.out.channels_last ? (plan_.rows + kSlice - 1) / kSlice : 1; }
+  int64_t count_of(int64_t piece) const { return std::min(lanes_, pixels_ - piece * lanes_); }
 
-  // X's panel and behind it G's; `slice` is one of x_slices_ + grad_slices_ parts that threads fill side by side.
-  void fill(int64_t piece, int64_t slice, T* panel) {
-    if (slice < x_slices_)
-      fill_slice(p_.x, p_.in, p_.window, piece, slice, panel);
-    else
-      fill_slice(p_.grad, p_.out, identity_, piece, slice - x_slices_, panel + grad_at_);
+  // ---- few pieces: all threads on `batch` spans of one piece at a time ----
+  void together(int64_t batch) {
+    const int64_t work = plan_.size * (outer_ ? pixels_ * grid_ : pixels_) / pieces_ / plan_.spans;
+    for (piece_ = 0; piece_ < pieces_; piece_++)
+      for (span0_ = 0; span0_ < plan_.spans; span0_ += batch) {
+        batch_ = std::min(batch, plan_.spans - span0_);
+        const int64_t packs = batch_ + (span0_ == 0 ? slices() : 0);
+        p_.parallel(
+            packs, (span_ + grad_) / 2, [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->pack_one(i); },
+            this);
+        p_.parallel(
+            batch_ * strip_tasks(), work / strip_tasks() + 1,
+            [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->some_strips(i); }, this);
+      }
   }
 
-  void fill_slice(const T* from, const Images& im, const Window& window, int64_t piece, int64_t slice, T* panel) {
-    const int64_t first = piece * lanes_, count = std::min(lanes_, pixels_ - first);
-    if (im.channels_last)
-      gather_channels_last(from, im, window, first, count, lanes_, lanes_, slice * kSlice,
-                           std::min((slice + 1) * kSlice, im.channels), panel);
-    else
-      gather(from, im, window, first, count, lanes_, lanes_, panel);
+  T* grad_panel(int64_t batch) const { return panel_ + batch * span_; }
+
+  void pack_one(int64_t i) {
+    if (i < batch_) return pack_x(piece_, span0_ + i, panel_ + i * span_);
+    pack_grad(piece_, i - batch_, grad_panel_of_batch());
   }
 
-  void gather_slice(int64_t slice) { fill(piece_, slice, panels_); }
+  // G lies behind as many spans as the first batch has, which is the largest.
+  T* grad_panel_of_batch() const {
+    return grad_panel(std::clamp<int64_t>(2 * kSpanBytes / int64_t(sizeof(T)) / span_, 1, plan_.spans));
+  }
 
   void some_strips(int64_t task) {
-    const int64_t begin = task * kStripTask, end = std::min(begin + kStripTask, plan_.strips);
-    strips(begin, end, panels_, piece_ == 0, p_.values, p_.bias);
+    const int64_t tasks = strip_tasks(), nth = task / tasks, begin = task % tasks * kStripTask;
+    const T* grad = grad_panel_of_batch();
+    strips(span0_ + nth, begin, std::min(begin + kStripTask, plan_.strips), panel_ + nth * span_, grad, piece_,
+           piece_ == 0, p_.values);
+    if (p_.bias && span0_ + nth == 0) sum_rows(task % tasks, tasks, grad, piece_, piece_ == 0, p_.bias);
+  }
+
+  // ---- many pieces: a range of them to each task ----
+  void each_range() {
+    const int64_t work = plan_.size * (outer_ ? pixels_ * grid_ : pixels_) / ranges_;
+    p_.parallel(ranges_, work, [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->one_range(i); }, this);
+    p_.parallel((numbers() + kSumTask - 1) / kSumTask, kSumTask * ranges_,
+                [](void* self, int64_t i) { static_cast<WeightGradRun*>(self)->add_ranges(i); }, this);
   }
 
   void one_range(int64_t range) {
-    T* panel = static_cast<T*>(p_.scratch(1, size_t(panel_) * sizeof(T)));
-    T* values = range == 0 ? p_.values : partial(range);
+    T* x = static_cast<T*>(p_.scratch(1, size_t(span_ + grad_) * sizeof(T)));
+    T *grad = x + span_, *values = range == 0 ? p_.values : partial_ + (range - 1) * numbers();
     T* bias = range == 0 || !p_.bias ? p_.bias : values + plan_.size;
+    if (range > 0 && plan_.overhang) std::fill_n(values, plan_.size, T(0));
     const int64_t begin = range * pieces_ / ranges_, end = (range + 1) * pieces_ / ranges_;
     for (int64_t piece = begin; piece < end; piece++) {
-      for (int64_t slice = 0; slice < x_slices_ + grad_slices_; slice++) fill(piece, slice, panel);
-      strips(0, plan_.strips, panel, piece == begin, values, bias);
+      for (int64_t slice = 0; slice < slices(); slice++) pack_grad(piece, slice, grad);
+      for (int64_t span = 0; span < plan_.spans; span++) {
+        pack_x(piece, span, x);
+        strips(span, 0, plan_.strips, x, grad, piece, piece == begin, values);
+      }
+      if (bias) sum_rows(0, 1, grad, piece, piece == begin, bias);
     }
   }
-
-  // The sums of range 1 and on: of all values, and behind them of all rows for the bias.
-  T* partial(int64_t range) const { return partial_ + (range - 1) * (plan_.size + plan_.rows); }
 
   void add_ranges(int64_t task) {
-    const int64_t begin = task * kStripTask, end = std::min(begin + kStripTask, plan_.strips);
-    for (int64_t s = begin; s < end; s++) {
-      const int64_t row = plan_.first_row[s], rows = plan_.rows_of[s];
-      for (int64_t i = 1; i < ranges_; i++) {
-        const T* from = partial(i);
-        for (int64_t e = plan_.pointer[s]; e < plan_.pointer[s + 1]; e++)
-          for (int64_t r = 0; r < rows; r++) {
-            const int64_t at = plan_.entries[2 * e + 1] + r * plan_.row_stride;
-            p_.values[at] += from[at];
+    const int64_t begin = task * kSumTask, end = std::min(begin + kSumTask, numbers());
+    for (int64_t range = 1; range < ranges_; range++) {
+      const T* from = partial_ + (range - 1) * numbers();
+      for (int64_t i = begin; i < std::min(end, plan_.size); i++) p_.values[i] += from[i];
+      for (int64_t i = std::max(begin, plan_.size); p_.bias && i < end; i++) p_.bias[i - plan_.size] += from[i];
+    }
+  }
+
+  // ---- packing ----
+  void pack_x(int64_t piece, int64_t span, T* to) const {
+    const int64_t first = piece * lanes_, count = count_of(piece);
+    if (outer_)
+      pack_channels(p_.x + first * area_ * p_.in.channels, p_.in, count, begin_of(span), end_of(span), to);
+    else
+      gather(p_.x, p_.in, p_.window, first, count, lanes_, lanes_, begin_of(span), end_of(span), to);
+  }
+
+  void pack_grad(int64_t piece, int64_t slice, T* to) const {
+    const int64_t first = piece * lanes_, count = count_of(piece), begin = slice * kSlice;
+    const int64_t end = p_.out.channels_last ? std::min(begin + kSlice, plan_.rows) : plan_.rows;
+    if (outer_)
+      pack_channels(p_.grad + first * grid_ * plan_.rows, p_.out, count, begin, end, to + begin * count * grid_);
+    else
+      gather(p_.grad, p_.out, identity_, first, count, lanes_, lanes_, begin, end, to + begin * lanes_);
+  }
+
+  // For each tap, which pixels of X are read by which of G, image by image.
+  void find_pairs() {
+    const Window& w = p_.window;
+    Pair* to = pairs_;
+    for (int64_t t = 0; t < taps_; t++) {
+      to = pairs_ + t * lanes_ * grid_;
+      for (int64_t image = 0; image < lanes_; image++)
+        for (int64_t y = 0; y < w.grid[0]; y++) {
+          const int64_t v = source(w, 0, y, t / w.kernel[1], p_.in.height);
+          for (int64_t x = 0; x < w.grid[1] && v >= 0; x++) {
+            const int64_t u = source(w, 1, x, t % w.kernel[1], p_.in.width);
+            if (u < 0) continue;
+            *to++ = {int32_t((image * area_ + v * p_.in.width + u) * L),
+                     int32_t((image * grid_ + y * w.grid[1] + x) * L)};
           }
-        for (int64_t r = row; p_.bias && r < row + rows; r++) p_.bias[r] += from[plan_.size + r];
+        }
+      per_image_[t] = (to - (pairs_ + t * lanes_ * grid_)) / lanes_;
+    }
+  }
+
+  // ---- computing ----
+  void strips(int64_t span, int64_t begin, int64_t end, const T* x, const T* grad, int64_t piece, bool first,
+              T* values) const {
+    for (int64_t s = begin; s < end; s++) {
+      const int64_t row = plan_.first_row[s], at = plan_.pointer[span * plan_.strips + s];
+      const int64_t n = plan_.pointer[span * plan_.strips + s + 1] - at;
+      const int32_t* entry = plan_.entries + 2 * at;
+      switch (plan_.rows_of[s]) {
+        case 4:
+          outer_ ? outer<4, 3>(span, row, x, grad, entry, n, piece, first, values)
+                 : dot_strip<T, 4, 3>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+          break;
+        case 3:
+          outer_ ? outer<3, 4>(span, row, x, grad, entry, n, piece, first, values)
+                 : dot_strip<T, 3, 4>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+          break;
+        case 2:
+          outer_ ? outer<2, 6>(span, row, x, grad, entry, n, piece, first, values)
+                 : dot_strip<T, 2, 6>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+          break;
+        default:
+          outer_ ? outer<1, 8>(span, row, x, grad, entry, n, piece, first, values)
+                 : dot_strip<T, 1, 8>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
       }
     }
   }
 
-  void strips(int64_t begin, int64_t end, const T* panel, bool first, T* values, T* bias) {
-    for (int64_t s = begin; s < end; s++) {
-      const int64_t row = plan_.first_row[s];
-      const T* grad = panel + grad_at_ + row * lanes_;
-      for (int64_t r = 0; bias && r < plan_.rows_of[s]; r++) {
-        const T sum = sum_row(grad + r * lanes_, lanes_);
-        bias[row + r] = first ? sum : bias[row + r] + sum;
+  // One strip: as many as N vectors of one tap at a time.
+  template <int R, int N>
+  void outer(int64_t span, int64_t row, const T* x, const T* grad, const int32_t* entry, int64_t n, int64_t piece,
+             bool first, T* values) const {
+    const int64_t channels = end_of(span) - begin_of(span), images = count_of(piece);
+    const T *gs[R], *xs[N];
+    T* to[N];
+    for (int r = 0; r < R; r++) gs[r] = grad + (row + r) / L * L * images * grid_ + (row + r) % L;
+    for (const int32_t* end = entry + 2 * n; entry != end;) {
+      const int64_t tap = taps_ == 1 ? 0 : entry[0] / channels;
+      const int64_t base = tap * channels, limit = base + channels;
+      int m = 0;
+      for (; m < N && entry != end && entry[0] < limit; m++, entry += 2 * L)
+        xs[m] = x + (entry[0] - base) * images * area_, to[m] = values + entry[1];
+      const Pair* pairs = pairs_ + tap * lanes_ * grid_;
+      vectors<R, N>(m, gs, xs, pairs, per_image_[tap] * images, first, to);
+    }
+  }
+
+  template <int R, int N>
+  void vectors(int m, const T* const* gs, const T* const* xs, const Pair* pairs, int64_t n, bool first,
+               T* const* to) const {
+    if (m == N)
+      outer_kernel<T, R, N>(gs, xs, pairs, n, first, plan_.row_stride, to);
+    else if constexpr (N > 1)
+      vectors<R, N - 1>(m, gs, xs, pairs, n, first, to);
+  }
+
+  // Part `task` of `tasks` of the rows of G, summed.
+  void sum_rows(int64_t task, int64_t tasks, const T* grad, int64_t piece, bool first, T* bias) const {
+    const int64_t blocks = (plan_.rows + L - 1) / L, pixels = outer_ ? count_of(piece) * grid_ : lanes_;
+    for (int64_t b = task * blocks / tasks; b < (task + 1) * blocks / tasks; b++) {
+      const int64_t rows = std::min<int64_t>(L, plan_.rows - b * L);
+      alignas(64) T sums[L];
+      if (outer_) {
+        Vec<T> acc = {};
+        for (int64_t p = 0; p < pixels; p++) acc += load(grad + (b * pixels + p) * L);
+        store(sums, acc);
+      } else {
+        Vec<T> acc[L];
+        for (int64_t r = 0; r < L; r++) {
+          acc[r] = Vec<T>{};
+          for (int64_t p = 0; r < rows && p < pixels; p += L) acc[r] += load(grad + (b * L + r) * pixels + p);
+        }
+        store(sums, sum_lanes<T>(acc));
       }
-      const int32_t* entry = plan_.entries + 2 * int64_t(plan_.pointer[s]);
-      const int64_t n = plan_.pointer[s + 1] - plan_.pointer[s];
-      switch (plan_.rows_of[s]) {
-        case 4:
-          dot_strip<T, 4, 3>(grad, panel, lanes_, entry, n, plan_.row_stride, first, values);
-          break;
-        case 3:
-          dot_strip<T, 3, 4>(grad, panel, lanes_, entry, n, plan_.row_stride, first, values);
-          break;
-        case 2:
-          dot_strip<T, 2, 6>(grad, panel, lanes_, entry, n, plan_.row_stride, first, values);
-          break;
-        default:
-          dot_strip<T, 1, 8>(grad, panel, lanes_, entry, n, plan_.row_stride, first, values);
-      }
+      for (int64_t r = 0; r < rows; r++) bias[b * L + r] = first ? sums[r] : bias[b * L + r] + sums[r];
     }
   }
 
   const WeightGrad<T>& p_;
   const Plan& plan_;
   Window identity_;
-  int64_t pixels_, pieces_, lanes_, ranges_, grad_at_, panel_, x_slices_, grad_slices_, piece_ = 0;
-  T *partial_ = nullptr, *panels_ = nullptr;
+  bool outer_;
+  int64_t grid_, area_, taps_, channels_;      // pixels of an image of G, of X; taps; channels of a span
+  int64_t pixels_, lanes_, pieces_, ranges_;   // pixels (outer: images), those of a piece, pieces, ranges
+  int64_t span_, grad_;                        // numbers of a panel of X, of G
+  int64_t piece_ = 0, span0_ = 0, batch_ = 0;  // where `together` is
+  T *panel_ = nullptr, *partial_ = nullptr;
+  Pair* pairs_ = nullptr;
+  int64_t per_image_[kMaxTaps];
 };

@@ -41,12 +41,10 @@ template <class T>
 class WideRun {
  public:
   // Whether these activations can be read and written in place.
-  static bool fits(const Product<T>& p) {
-    return p.plan.wide.count > 0 && p.in.channels_last && p.out.channels_last;
-  }
+  static bool fits(const Product<T>& p) { return p.plan.wide.count > 0 && p.in.channels_last && p.out.channels_last; }
 
-  // Forward, and dgrad of linear: the grid of pixels is that of Y, which reads X through the window. `transposed`: dgrad
-  // of a convolution, where it is X that reads Y.
+  // Forward, and dgrad of linear: the grid of pixels is that of Y, which reads X through the window. `transposed`:
+  // dgrad of a convolution, where it is X that reads Y.
   WideRun(const Product<T>& p, bool transposed) : p_(p), wide_(p.plan.wide), transposed_(transposed) {
     height_ = transposed ? p.out.height : p.window.grid[0];
     width_ = transposed ? p.out.width : p.window.grid[1];
@@ -64,12 +62,13 @@ class WideRun {
     stream_ = scratch, zeros_ = scratch + stream;
     std::fill_n(scratch + stream, p_.in.channels, T(0));
     if (!direct_)
-      p_.parallel(wide_.count, stream / wide_.count, [](void* self, int64_t i) {
-        static_cast<WideRun*>(self)->fill_strip(i);
-      }, this);
+      p_.parallel(
+          wide_.count, stream / wide_.count, [](void* self, int64_t i) { static_cast<WideRun*>(self)->fill_strip(i); },
+          this);
     shares_ = shares, blocks_ = blocks;
-    p_.parallel(blocks * shares, p_.plan.size * pixels_ / (blocks * shares),
-                [](void* self, int64_t i) { static_cast<WideRun*>(self)->block(i); }, this);
+    p_.parallel(
+        blocks * shares, p_.plan.size * pixels_ / (blocks * shares),
+        [](void* self, int64_t i) { static_cast<WideRun*>(self)->block(i); }, this);
   }
 
  private:
