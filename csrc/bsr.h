@@ -37,15 +37,18 @@ struct Plan {
   const int32_t *group_rows, *step_pointer;  // group g: 4 rows within the segment; steps step_pointer[g] ..
   const int32_t *step_k, *step_value;        // step: 4 k, 4 value indices
 
-  // WIDE, a second plan of the same product behind the first, where blocks are 16 rows high (wide.count strips, else
-  // 0), and for linear in its place (kNone):
-  // strip s owns rows first_row[s] .. + rows_of[s], 16 but for the last of a matrix, and the parts part_pointer[s] ..;
-  // part p owns tap tap[p] and entries pointer[p] .. pointer[p + 1]
+  // WIDE, behind the first plan where blocks are 16 rows high, and for linear in its place (kNone): strips of 16 rows,
+  // as STRIP (count is 0 where there is none). Only the last of a matrix may have fewer rows.
   struct Wide {
     int64_t count, entry_count, row_stride;
-    const int32_t *first_row, *rows_of, *part_pointer, *tap, *pointer;
-    const int32_t* entries;  // pairs: channel, index of the first row's weight
+    const int32_t *rows_of, *pointer;
+    const int32_t* entries;  // pairs: k, index of the first row's weight
   } wide;
+
+  // dgrad of a convolution with several taps has rows = input channels and k = tap * outputs + output; behind it, for
+  // strides and the like, another whole plan with rows = tap * input channels + channel and k = outputs.
+  const int32_t* second;
+  int64_t second_length;
 
   // Rows of X in a span; the last may be shorter.
   int64_t span_width() const { return (ks + spans - 1) / spans; }
@@ -80,18 +83,12 @@ struct Plan {
     } else if (out.kind != kNone) {
       return false;
     }
-    if (const int64_t strips = plan[13], parts = plan[14], entries = plan[15]; strips > 0) {
-      if (end - at < 1 + 3 * strips + 1 + 2 * parts + 1 + 2 * entries) return false;
-      Wide& w = out.wide;
-      w.count = strips, w.entry_count = entries;
-      w.row_stride = *at++;
-      w.first_row = at, at += strips;
-      w.rows_of = at, at += strips;
-      w.part_pointer = at, at += strips + 1;
-      w.tap = at, at += parts;
-      w.pointer = at, at += parts + 1;
-      w.entries = at, at += 2 * entries;
+    if (const int64_t strips = plan[13], entries = plan[14]; strips > 0) {
+      if (end - at < 2 * strips + 1 + 2 * entries) return false;
+      out.wide = {strips, entries, plan[15], at, at + strips, at + 2 * strips + 1};
+      at += 2 * strips + 1 + 2 * entries;
     }
+    if (plan[17] > 0) out.second = at, out.second_length = end - at, at = end;
     return at == end;
   }
 };
@@ -109,6 +106,7 @@ struct Images {
 struct Window {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t grid[2];  // height and width of the grid of pixels
+  bool flipped;     // tap t of the plan is the last but t of the window
   int64_t taps() const { return kernel[0] * kernel[1]; }
 };
 
@@ -120,8 +118,7 @@ using Parallel = void (*)(int64_t tasks, int64_t work, void (*task)(void* contex
 using Scratch = void* (*)(int slot, size_t bytes);
 
 // Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel]: forward, and dgrad of linear, where Y is `out`.
-// dgrad of a convolution has the same product with row = tap * channels + channel, each row of which is added to where
-// its tap reads from: there Y is the images `out` that `window` reads and the grid of pixels is that of X.
+// dgrad of a convolution comes with the window of its forward, which `out` is read through, and the grid of X.
 template <class T>
 struct Product {
   Plan plan;

@@ -98,15 +98,12 @@ sk::Images image_view(const Tensor& t, bool channels_last) {
   return {t.size(0), t.size(1), t.size(2), t.size(3), channels_last};
 }
 
-constexpr sk::Window kPixel = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {1, 1}};
+constexpr sk::Window kPixel = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {1, 1}, false};
 
 sk::Window window(const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
                   const sk::Images& grid) {
-  return {{kernel[0], kernel[1]},
-          {stride[0], stride[1]},
-          {padding[0], padding[1]},
-          {dilation[0], dilation[1]},
-          {grid.height, grid.width}};
+  return {{kernel[0], kernel[1]},     {stride[0], stride[1]},    {padding[0], padding[1]},
+          {dilation[0], dilation[1]}, {grid.height, grid.width}, false};
 }
 
 enum class Kind { kForward, kConvDgrad };
@@ -259,7 +256,7 @@ Tensor bsr_conv2d_dgrad(const Tensor& grad_output, const Tensor& values, const T
   const sk::Images out = image_view(y, channels_last);
   check_conv(out, in, kernel_size, stride, padding, dilation);
   const sk::Window w = window(kernel_size, stride, padding, dilation, in);
-  const sk::Plan view = read_plan(plan, w.taps() * in_channels, in.channels, vc);
+  const sk::Plan view = read_plan(plan, in_channels, w.taps() * in.channels, vc);
   product(Kind::kConvDgrad, view, vc, nullptr, gc, y, in, out, w);
   return y;
 }

@@ -2,7 +2,7 @@
 
 A plan is a pure function of (pattern, op, convolution shape): never of instruction set, threads or batch. It describes
 a product ``Y[row] = sum over k of W[row, k] * X[k]``. In forward the rows are the layer's outputs and the k are the
-rows of its packed activations, ``tap * channels + channel`` (tap is 0 for linear); in dgrad it is the other way round.
+rows of its activations, ``tap * channels + channel`` (tap is 0 for linear); in dgrad inputs and outputs change places.
 Two formats, told apart by the header (mirrored in ``csrc/bsr.h``):
 
 STRIP  up to 4 neighbouring rows that read the same k and whose weights lie ``row_stride`` apart in the values::
@@ -17,13 +17,11 @@ SELL   rows that share nothing (blocks one row high), 4 at a time. Rows are cut 
 
 WIDE   a second plan behind the first, where blocks are a multiple of 16 rows high: strips of 16 rows, computed side by
        side in the lanes of vectors straight from activations whose channels are neighbours in memory (linear and
-       channels_last). Its k are told apart by tap, whose pixels are found once::
+       channels_last); otherwise like STRIP.
 
-           strip:   first row, number of rows, first part          part:   tap, first entry
-           entry:   channel, index of the first row's weight
-
-       In dgrad of a convolution its rows are the input channels and its k the (tap, output), whereas those of the first
-       plan are (tap, input channel) and output.
+dgrad of a convolution is a product of the same kind: its rows are the input channels and its k the (tap, output). Where
+strides or missing padding make that wasteful, its rows are the (tap, input channel) and its k the outputs: that plan
+stands behind the others, for kernels of several taps.
 
 wgrad reads the STRIP format (with strips of one row where blocks are one row high): entry by entry it is a dot product.
 There the channels are cut into spans whose activations stay in a cache: the entries are sorted by span, then strip, and
@@ -50,7 +48,6 @@ STRIP, SELL, NONE = 0, 1, 2
 STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
 SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
 WIDE_ROWS = 16
-PIECE = 256  # entries that one part may have, so that rounding errors stay those of short sums
 SPAN = 256  # rows of packed X that stay in the first-level cache
 # Of wgrad: X of so many rows stays in the second-level cache, for as many pixels as make a long sum; where weights come
 # in vectors of neighbours (of at least 8), which need no long sums, more rows are worth more.
@@ -88,7 +85,9 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     output_cuts = np.union1d(np.arange(0, outputs, bh), np.arange(groups) * group_outputs if outputs else 0)
     cuts = np.union1d(np.arange(0, columns, bw), np.arange(taps) * group_inputs if columns else 0)
     tap_of_cut, channel_of_cut = np.divmod(cuts, max(group_inputs, 1))
-    input_cuts = np.sort((np.arange(groups)[:, None] * group_inputs + tap_of_cut * inputs + channel_of_cut).reshape(-1))
+    of_group = np.arange(groups)[:, None] * group_inputs
+    input_cuts = np.unique(of_group + channel_of_cut)  # between channels, in any tap
+    tap_input_cuts = np.unique(of_group + tap_of_cut * inputs + channel_of_cut)  # between (tap, channel)
 
     # Strips of 16 rows that share a block, a group and, in dgrad, a tap.
     wide_outputs = bh % WIDE_ROWS == 0 and (groups == 1 or group_outputs % WIDE_ROWS == 0)
@@ -96,8 +95,9 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     size = pattern.nnz_blocks * bh * bw
     overhang = pattern.nnz != size
     by_output = (rows, tap * inputs + channel, index)
-    by_input = (tap * inputs + channel, rows, index)
-    output_starts, input_starts = _split(output_cuts, outputs), _split(input_cuts, taps * inputs)
+    by_input = (channel, tap * outputs + rows, index)
+    by_tap_input = (tap * inputs + channel, rows, index)
+    output_starts = _split(output_cuts, outputs)
     # How many neighbouring k always come together, with neighbouring weights.
     run = math.gcd(bw, group_inputs)
     width = WGRAD_SPAN_VECTORS if run >= 8 else WGRAD_SPAN
@@ -115,18 +115,28 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
         )
     if kernel is None and wide_inputs:
         dgrad = _no_plan(inputs, outputs, size, overhang)
-    elif bw > 1:
-        dgrad = _strip_plan(by_input, input_starts, taps * inputs, outputs, 1, size, overhang)
     else:
-        dgrad = _sell_plan(by_input, taps * inputs, outputs, size, overhang)
+        dgrad = _dgrad_plan(by_input, input_cuts, inputs, taps * outputs, bw, size, overhang)
     if wide_outputs:
-        forward = _add_wide(forward, by_output, outputs, inputs, bw)
+        forward = _add_wide(forward, by_output, outputs, bw)
     if wide_inputs:
-        dgrad = _add_wide(dgrad, (channel, tap * outputs + rows, index), inputs, outputs, 1)
+        dgrad = _add_wide(dgrad, by_input, inputs, 1)
+    if taps > 1:
+        second = _dgrad_plan(by_tap_input, tap_input_cuts, taps * inputs, outputs, bw, size, overhang)
+        dgrad[17] = 1
+        dgrad = torch.cat([dgrad, second])
     for plan in (forward, dgrad, wgrad):
         plan[BLOCKSIZE] = torch.tensor([bh, bw], dtype=torch.int32)
     to = pattern.device
     return Plans(pattern._crow, pattern._col, forward.to(to), dgrad.to(to), wgrad.to(to))
+
+
+def _dgrad_plan(
+    weights: tuple[Ints, Ints, Ints], cuts: Ints, rows: int, ks: int, bw: int, size: int, overhang: bool
+) -> Tensor:
+    if bw == 1:
+        return _sell_plan(weights, rows, ks, size, overhang)
+    return _strip_plan(weights, _split(cuts, rows), rows, ks, 1, size, overhang)
 
 
 def _weights(pattern: BlockPattern) -> tuple[Ints, Ints, Ints]:
@@ -247,30 +257,17 @@ def _no_plan(rows: int, ks: int, size: int, overhang: bool) -> Tensor:
     return _as_tensor(_header(NONE, rows, ks, size, overhang, 0, 0, 0, 0))
 
 
-def _add_wide(plan: Tensor, weights: tuple[Ints, Ints, Ints], rows: int, channels: int, row_stride: int) -> Tensor:
-    """``plan`` with a WIDE plan behind it; k = tap * channels + channel."""
+def _add_wide(plan: Tensor, weights: tuple[Ints, Ints, Ints], rows: int, row_stride: int) -> Tensor:
+    """``plan`` with a WIDE plan behind it."""
     row, k, index = weights
     first = np.flatnonzero(row % WIDE_ROWS == 0)
     order = first[np.lexsort((k[first], row[first]))]
-    strip, (tap, channel) = row[order] // WIDE_ROWS, np.divmod(k[order], max(channels, 1))
     starts = np.arange(0, rows, WIDE_ROWS)
-
-    # A part ends where strip or tap change, and after PIECE entries.
-    changes = np.flatnonzero(np.diff(strip, prepend=-1) | np.diff(tap, prepend=-1))
-    lengths = np.diff(np.append(changes, len(order)))
-    pieces = -(-lengths // PIECE)
-    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begins = np.repeat(changes, pieces) + nth * PIECE
-    part_counts = np.bincount(strip[begins], minlength=len(starts))
-
+    counts = np.bincount(row[order] // WIDE_ROWS, minlength=len(starts))
     header = plan[:HEADER].clone()
-    header[13:16] = torch.tensor([len(starts), len(begins), len(order)], dtype=torch.int32)
-    entries = np.stack([channel, index[order]], axis=1)
-    lengths = np.minimum(WIDE_ROWS, rows - starts)
-    wide = _as_tensor(
-        np.array([row_stride]), starts, lengths, _pointers(part_counts), tap[begins], np.append(begins, len(order)),
-        entries,
-    )  # fmt: skip
+    header[13:16] = torch.tensor([len(starts), len(order), row_stride], dtype=torch.int32)
+    entries = np.stack([k[order], index[order]], axis=1)
+    wide = _as_tensor(np.minimum(WIDE_ROWS, rows - starts), _pointers(counts), entries)
     return torch.cat([header, plan[HEADER:], wide])
 
 

@@ -20,7 +20,8 @@ class Read(NamedTuple):
     size: int
     overhang: int
     weights: list[tuple[int, int, int]]
-    wide: list[tuple[int, int, int, int]]  # (row, tap, channel, value index), of the second plan
+    wide: list[tuple[int, int, int]]  # the same of the WIDE plan
+    second: torch.Tensor | None  # another plan
 
 
 def read(tensor: torch.Tensor, channels: int | None = None) -> Read:
@@ -41,8 +42,9 @@ def read(tensor: torch.Tensor, channels: int | None = None) -> Read:
     take_weights = {plan.STRIP: read_strips, plan.SELL: read_sell, plan.NONE: lambda *_: []}[kind]
     weights = take_weights(take, rows, ks, row_stride, counts, channels or ks)
     wide = read_wide(take, *wide_counts) if wide_counts[0] else []
-    assert len(rest) == 0
-    return Read(kind, rows, ks, size, overhang, weights, wide)
+    second = torch.from_numpy(rest) if header[17] else None
+    assert header[17] or len(rest) == 0
+    return Read(kind, rows, ks, size, overhang, weights, wide, second)
 
 
 def read_strips(take, rows, ks, row_stride, counts, channels):
@@ -94,26 +96,23 @@ def read_sell(take, rows, ks, row_stride, counts, _):
     return weights
 
 
-def read_wide(take, strips, parts, entries):
-    (row_stride,), first, lengths = take(1), take(strips), take(strips)
-    part_pointer, taps = take(strips + 1), take(parts)
-    pointer, pairs = take(parts + 1), take(2 * entries).reshape(-1, 2)
-    assert (first == np.arange(strips) * plan.WIDE_ROWS).all()
+def read_wide(take, strips, entries, row_stride):
+    lengths, pointer, pairs = take(strips), take(strips + 1), take(2 * entries).reshape(-1, 2)
     assert ((lengths == plan.WIDE_ROWS) | (np.arange(strips) == strips - 1)).all()
-    assert (part_pointer[0], part_pointer[-1], pointer[0], pointer[-1]) == (0, parts, 0, entries)
-    assert ((np.diff(pointer) >= 1) & (np.diff(pointer) <= plan.PIECE)).all()
+    assert (pointer[0], pointer[-1]) == (0, entries)
     weights = []
     for s in range(strips):
-        for part in range(part_pointer[s], part_pointer[s + 1]):
-            for channel, index in pairs[pointer[part] : pointer[part + 1]]:
-                weights += [(first[s] + i, taps[part], channel, index + i * row_stride) for i in range(lengths[s])]
+        mine = pairs[pointer[s] : pointer[s + 1]]
+        assert (np.diff(mine[:, 0]) > 0).all(), "k in ascending order, each once"
+        first = s * plan.WIDE_ROWS
+        weights += [(first + i, k, index + i * row_stride) for k, index in mine for i in range(lengths[s])]
     return weights
 
 
 def expected(p: Problem) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
     """(row, k, value index) of every weight for forward (wgrad alike) and for dgrad, from the definitions.
 
-    forward: row = output, k = (tap, input).   dgrad: row = (tap, input), k = output.
+    forward: row = output, k = (tap, input).   dgrad: row = input, k = (tap, output).
     """
     groups, taps = 1, 1
     if p.geometry:
@@ -129,7 +128,7 @@ def expected(p: Problem) -> tuple[list[tuple[int, int, int]], list[tuple[int, in
         channel += row // (outputs // groups) * per_group
         place = tap * per_group * groups + channel
         forward.append((row, place, matrix[row, column]))
-        dgrad.append((place, row, matrix[row, column]))
+        dgrad.append((channel, tap * outputs + row, matrix[row, column]))
     return sorted(forward), sorted(dgrad)
 
 
@@ -143,7 +142,7 @@ def check(p: Problem) -> None:
     for tensor, weights, rows, ks in (
         (plans.forward, forward, outputs, taps * inputs),
         (plans.wgrad, forward, outputs, taps * inputs),
-        (plans.dgrad, dgrad, taps * inputs, outputs),
+        (plans.dgrad, dgrad, inputs, taps * outputs),
     ):
         found = read(tensor, inputs if tensor is plans.wgrad else None)
         if found.kind != plan.NONE:
@@ -157,12 +156,18 @@ def check(p: Problem) -> None:
     wide = bh % 16 == 0 and (groups == 1 or group_outputs % 16 == 0)
     assert read(plans.forward).kind == (plan.NONE if wide and not p.geometry else strips_or_sell[0])
     if wide:
-        assert sorted(read(plans.forward).wide) == sorted((row, *divmod(k, inputs), v) for row, k, v in forward)
+        assert sorted(read(plans.forward).wide) == forward
     wide = bw % 16 == 0 and (taps * groups == 1 or group_inputs % 16 == 0)
     assert read(plans.dgrad).kind == (plan.NONE if wide and not p.geometry else strips_or_sell[1])
     if wide:
-        by_input = [(k % inputs, k // inputs, row, v) for k, row, v in dgrad]
-        assert sorted(read(plans.dgrad).wide) == sorted(by_input)
+        assert sorted(read(plans.dgrad).wide) == dgrad
+    second = read(plans.dgrad).second
+    assert (second is not None) == (taps > 1)
+    if second is not None:
+        by_tap = sorted((k // outputs * inputs + row, k % outputs, v) for row, k, v in dgrad)
+        found = read(second)
+        assert sorted(found.weights) == by_tap
+        assert (found.kind, found.rows, found.ks) == (strips_or_sell[1], taps * inputs, outputs)
 
 
 def small_enough(p: Problem) -> bool:

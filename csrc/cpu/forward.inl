@@ -1,4 +1,5 @@
-// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel]: bsr_linear, bsr_linear_dgrad and bsr_conv2d.
+// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] from packed panels: bsr_linear, bsr_linear_dgrad, and
+// convolutions of small images.
 //
 // Who computes what: a task is (tile of pixels, chunk of at most 128 rows). With few tiles the tiles are gathered
 // first, by all threads; with many, each task gathers its own tile and does all chunks. Order of summation: as in
@@ -17,10 +18,16 @@ class ForwardRun {
     if (pixels_ == 0 || p_.plan.rows == 0) return;
     const bool gather_first = tiles_ < kManyTiles;
     const int64_t work = Chunks<T>::work(p_.plan) * pixels_;
-    const size_t stream = Chunks<T>::stream_bytes(p_.plan), panels = gather_first ? tiles_ * panel_ * sizeof(T) : 0;
+    const size_t stream = Chunks<T>::bytes(p_.plan), panels = gather_first ? tiles_ * panel_ * sizeof(T) : 0;
     char* scratch = static_cast<char*>(p_.scratch(0, stream + panels));
     panels_ = reinterpret_cast<T*>(scratch + stream);
-    Chunks<T> chunks(p_, scratch);
+    const int64_t taps = p_.window.taps(), channels = p_.in.channels;
+    const auto place = [&](int64_t k) {
+      const bool flip = p_.window.flipped && k < p_.plan.ks;
+      return (flip ? (taps - 1 - k / channels) * channels + k % channels : k) * kRow<T>;
+    };
+    const int64_t step = p_.window.flipped ? 0 : p_.plan.span_width() * kRow<T>;
+    Chunks<T> chunks(p_, p_.plan, scratch, step, place);
     chunks.fill_stream();
     product_ = &chunks;
     if (gather_first) {

@@ -18,17 +18,33 @@ namespace {
 // Forward, and dgrad of linear.
 #include "conv_dgrad.inl"
 #include "forward.inl"
+#include "planes.inl"
 #include "wgrad.inl"
 #include "wide.inl"
 
 template <class T>
 void forward(const Product<T>& p) {
-  WideRun<T>::fits(p) ? WideRun<T>(p, false).run() : ForwardRun<T>(p).run();
+  if (WideRun<T>::fits(p))
+    WideRun<T>(p).run();
+  else if (PlaneRun<T>::fits(p))
+    PlaneRun<T>(p).run();
+  else
+    ForwardRun<T>(p).run();
 }
 
+// With stride 1 dX is dY through the taps in reverse, with as much padding as makes it the size of X; worth it unless
+// much of it would be padding.
 template <class T>
 void conv_dgrad(const Product<T>& p) {
-  WideRun<T>::fits(p) ? WideRun<T>(p, true).run() : ConvDgradRun<T>(p).run();
+  Product<T> flipped = p;
+  Window& w = flipped.window;
+  w.flipped = true, w.grid[0] = p.out.height, w.grid[1] = p.out.width;
+  bool fits = 2 * p.out.height * p.out.width <= 3 * p.window.grid[0] * p.window.grid[1];
+  for (int d = 0; d < 2; d++) {
+    w.padding[d] = (w.kernel[d] - 1) * w.dilation[d] - w.padding[d];
+    fits &= w.stride[d] == 1 && w.padding[d] >= 0;
+  }
+  fits ? forward(flipped) : ConvDgradRun<T>(p).run();
 }
 
 #define SK_STRING2(x) #x

@@ -20,8 +20,8 @@ template <class T>
 constexpr int64_t kRow = 3 * kLanes<T>;
 
 template <class T, int R, int NV>
-SK_INLINE void strip_kernel(const T* x, const uint32_t* offset, const T* w, int64_t n, const T* bias, bool first,
-                            T* y) {
+SK_INLINE void strip_kernel(const T* x, const uint32_t* offset, const T* w, int64_t n, const T* bias, bool first, T* y,
+                            int64_t y_stride) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[R][NV];
 #pragma GCC unroll 4
@@ -45,7 +45,7 @@ SK_INLINE void strip_kernel(const T* x, const uint32_t* offset, const T* w, int6
     const Vec<T> b = bias ? splat(bias[r]) : Vec<T>{};
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
-      T* to = y + r * kRow<T> + v * L;
+      T* to = y + r * y_stride + v * L;
       store(to, acc[r][v] + (first ? b : load(to)));
     }
   }
@@ -53,34 +53,28 @@ SK_INLINE void strip_kernel(const T* x, const uint32_t* offset, const T* w, int6
 
 // In pieces of kPiece entries, whose sums are added up: rounding errors then grow as those of dense products do.
 template <class T, int R, int NV>
-SK_INLINE void strip(const T* x, const uint32_t* offset, const T* w, int64_t n, const T* bias, T* y) {
+SK_INLINE void strip(const T* x, const uint32_t* offset, const T* w, int64_t n, const T* bias, T* y, int64_t y_stride) {
   constexpr int64_t kPiece = 256;
-  strip_kernel<T, R, NV>(x, offset, w, std::min(n, kPiece), bias, true, y);
+  strip_kernel<T, R, NV>(x, offset, w, std::min(n, kPiece), bias, true, y, y_stride);
   for (int64_t at = kPiece; at < n; at += kPiece)
-    strip_kernel<T, R, NV>(x, offset + at, w + 4 * at, std::min(n - at, kPiece), bias, false, y);
+    strip_kernel<T, R, NV>(x, offset + at, w + 4 * at, std::min(n - at, kPiece), bias, false, y, y_stride);
 }
 
+// Strip s, written to y and the rows y_stride after it.
 template <class T, int NV>
-void strip_chunk(const Plan& plan, const uint32_t* offsets, const T* weights, const T* bias, const T* x, int64_t begin,
-                 int64_t end, T* y) {
-  const int64_t base = plan.first_row[begin];
-  for (int64_t s = begin; s < end; s++) {
-    const int64_t row = plan.first_row[s], at = plan.pointer[s], n = plan.pointer[s + 1] - at;
-    const T *b = bias ? bias + row : nullptr, *w = weights + 4 * at;
-    T* to = y + (row - base) * kRow<T>;
-    switch (plan.rows_of[s]) {
-      case 4:
-        strip<T, 4, NV>(x, offsets + at, w, n, b, to);
-        break;
-      case 3:
-        strip<T, 3, NV>(x, offsets + at, w, n, b, to);
-        break;
-      case 2:
-        strip<T, 2, NV>(x, offsets + at, w, n, b, to);
-        break;
-      default:
-        strip<T, 1, NV>(x, offsets + at, w, n, b, to);
-    }
+void one_strip(const Plan& plan, const uint32_t* offsets, const T* weights, const T* bias, const T* x, int64_t s, T* y,
+               int64_t y_stride) {
+  const int64_t at = plan.pointer[s], n = plan.pointer[s + 1] - at;
+  const T *b = bias ? bias + plan.first_row[s] : nullptr, *w = weights + 4 * at;
+  switch (plan.rows_of[s]) {
+    case 4:
+      return strip<T, 4, NV>(x, offsets + at, w, n, b, y, y_stride);
+    case 3:
+      return strip<T, 3, NV>(x, offsets + at, w, n, b, y, y_stride);
+    case 2:
+      return strip<T, 2, NV>(x, offsets + at, w, n, b, y, y_stride);
+    default:
+      return strip<T, 1, NV>(x, offsets + at, w, n, b, y, y_stride);
   }
 }
 
@@ -142,8 +136,8 @@ SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t ste
 }
 
 template <class T, int NV, class Step>
-void sell_segment(const Plan& plan, const Step* steps, const T* weights, const T* bias, const T* x, int64_t segment,
-                  T* y) {
+void sell_segment(const Plan& plan, const Step* steps, const T* weights, const T* bias, const T* x, int64_t span_step,
+                  int64_t segment, T* y) {
   constexpr int L = kLanes<T>;
   const int64_t base = plan.bounds[segment], rows = plan.bounds[segment + 1] - base;
   for (int64_t r = 0; r <= rows; r++) {  // one row more, which takes the padding
@@ -154,8 +148,8 @@ void sell_segment(const Plan& plan, const Step* steps, const T* weights, const T
     const int32_t* groups = plan.group_pointer + segment * plan.spans + span;
     for (int64_t g = groups[0]; g < groups[1]; g++) {
       const int64_t at = plan.step_pointer[g];
-      sell_kernel<T, NV, Step>(x + span * plan.span_width() * kRow<T>, steps + at, weights + 4 * at,
-                               plan.step_pointer[g + 1] - at, plan.group_rows + 4 * g, y);
+      sell_kernel<T, NV, Step>(x + span * span_step, steps + at, weights + 4 * at, plan.step_pointer[g + 1] - at,
+                               plan.group_rows + 4 * g, y);
     }
   }
 }
@@ -182,18 +176,33 @@ class Chunks {
     int64_t first, count;
   };
 
-  // `stream` points to stream_bytes of scratch.
-  Chunks(const Product<T>& p, void* stream)
-      : p_(p), plan_(p.plan), weights_(static_cast<T*>(stream)), offsets_(weights_ + 4 * entries(p.plan)) {}
+  // `scratch` points to bytes(plan) of it. Row k of X is the one at place(k) * sizeof(T) bytes (k = plan.ks: zeros);
+  // `span_step` is how far a SELL span is from the one before, which its places count from.
+  template <class Place>
+  Chunks(const Product<T>& p, const Plan& plan, void* scratch, int64_t span_step, Place place)
+      : p_(p),
+        plan_(plan),
+        span_step_(span_step),
+        weights_(static_cast<T*>(scratch)),
+        offsets_(weights_ + 4 * entries(plan)),
+        table_(reinterpret_cast<uint32_t*>(weights_) + table_at(plan)) {
+    near_ = true;
+    for (int64_t k = 0; k <= plan.ks; k++) {
+      table_[k] = uint32_t(place(k) * int64_t(sizeof(T)));
+      near_ &= table_[k] % NearStep::kUnit == 0 && table_[k] / NearStep::kUnit <= UINT16_MAX;
+    }
+  }
+
+  // Of a panel: row k is row k.
+  Chunks(const Product<T>& p, const Plan& plan, void* scratch)
+      : Chunks(p, plan, scratch, plan.span_width() * kRow<T>, [](int64_t k) { return k * kRow<T>; }) {}
 
   static int64_t count(const Plan& plan) {
     return plan.kind == Plan::kStrip ? (plan.strips + kChunkStrips - 1) / kChunkStrips : plan.segments;
   }
 
   // A multiple of what keeps vectors behind it aligned.
-  static size_t stream_bytes(const Plan& plan) {
-    return size_t(entries(plan)) * (4 * sizeof(T) + (plan.kind == Plan::kStrip ? 4 : 16)) / 64 * 64 + 64;
-  }
+  static size_t bytes(const Plan& plan) { return size_t(table_at(plan) + plan.ks + 1) * 4 / 64 * 64 + 64; }
 
   // Multiply-adds per pixel.
   static int64_t work(const Plan& plan) { return plan.kind == Plan::kStrip ? plan.size : 4 * plan.steps; }
@@ -211,13 +220,19 @@ class Chunks {
     return {first, plan_.first_row[last] + plan_.rows_of[last] - first};
   }
 
-  // Rows of one chunk times the panel (`vectors` wide, its row plan.ks zeros), written to y [kMaxRows][kRow].
+  // STRIP: the rows of one strip times `vectors` of X, from `panel` on, written to y and the rows y_stride after it.
+  void compute_strip(const T* panel, int64_t vectors, int64_t s, T* y, int64_t y_stride) const {
+    auto* kernel = vectors == 3 ? one_strip<T, 3> : vectors == 2 ? one_strip<T, 2> : one_strip<T, 1>;
+    kernel(plan_, static_cast<const uint32_t*>(offsets_), weights_, p_.bias, panel, s, y, y_stride);
+  }
+
+  // Rows of one chunk times `vectors` of X, from `panel` on, written to y [kMaxRows][kRow].
   Rows compute(const T* panel, int64_t vectors, int64_t chunk, T* y) const {
     if (plan_.kind == Plan::kStrip) {
-      const int64_t begin = strip_of(chunk), end = strip_of(chunk + 1);
-      auto* kernel = vectors == 3 ? strip_chunk<T, 3> : vectors == 2 ? strip_chunk<T, 2> : strip_chunk<T, 1>;
-      kernel(plan_, static_cast<const uint32_t*>(offsets_), weights_, p_.bias, panel, begin, end, y);
-    } else if (near(plan_)) {
+      const int64_t begin = strip_of(chunk), first = plan_.first_row[begin];
+      for (int64_t s = begin; s < strip_of(chunk + 1); s++)
+        compute_strip(panel, vectors, s, y + (plan_.first_row[s] - first) * kRow<T>, kRow<T>);
+    } else if (near_) {
       segment<NearStep>(panel, vectors, chunk, y);
     } else {
       segment<FarStep>(panel, vectors, chunk, y);
@@ -230,7 +245,10 @@ class Chunks {
 
   static int64_t entries(const Plan& plan) { return plan.kind == Plan::kStrip ? plan.entry_count : plan.steps; }
 
-  static bool near(const Plan& plan) { return plan.ks * kRow<T> * int64_t(sizeof(T)) / NearStep::kUnit <= UINT16_MAX; }
+  // In units of 4 bytes: behind the weights and the offsets.
+  static int64_t table_at(const Plan& plan) {
+    return entries(plan) * int64_t(4 * sizeof(T) + (plan.kind == Plan::kStrip ? 4 : 16)) / 4;
+  }
 
   int64_t strip_of(int64_t chunk) const { return chunk * plan_.strips / count(plan_); }
 
@@ -239,13 +257,13 @@ class Chunks {
     auto* kernel = vectors == 3   ? sell_segment<T, 3, Step>
                    : vectors == 2 ? sell_segment<T, 2, Step>
                                   : sell_segment<T, 1, Step>;
-    kernel(plan_, static_cast<const Step*>(offsets_), weights_, p_.bias, panel, chunk, y);
+    kernel(plan_, static_cast<const Step*>(offsets_), weights_, p_.bias, panel, span_step_, chunk, y);
   }
 
   void fill_some(int64_t task) {
     if (plan_.kind == Plan::kStrip) {
       for (int64_t s = strip_of(task); s < strip_of(task + 1); s++) fill_strip(s);
-    } else if (near(plan_)) {
+    } else if (near_) {
       fill_steps<NearStep>(task);
     } else {
       fill_steps<FarStep>(task);
@@ -256,7 +274,7 @@ class Chunks {
     const int64_t rows = plan_.rows_of[s], stride = plan_.row_stride, end = plan_.pointer[s + 1];
     uint32_t* offsets = static_cast<uint32_t*>(offsets_);
     int64_t e = plan_.pointer[s];
-    for (int64_t i = e; i < end; i++) offsets[i] = uint32_t(plan_.entries[2 * i]) * uint32_t(kRow<T> * sizeof(T));
+    for (int64_t i = e; i < end; i++) offsets[i] = table_[plan_.entries[2 * i]];
     const int32_t* index = plan_.entries + 1;
     if (rows == 4 && stride == 1) {
       for (; e < end; e++) std::memcpy(weights_ + 4 * e, p_.values + index[2 * e], 4 * sizeof(T));
@@ -281,11 +299,11 @@ class Chunks {
   template <class Step>
   void fill_steps(int64_t task) {
     using At = std::remove_reference_t<decltype(Step{}.at[0])>;
-    const int64_t begin = task % plan_.spans * plan_.span_width(), unit = kRow<T> * int64_t(sizeof(T)) / Step::kUnit;
+    const uint32_t base = uint32_t(task % plan_.spans * span_step_ * int64_t(sizeof(T)));
     const int64_t first = plan_.step_pointer[plan_.group_pointer[task]];
     const int64_t last = plan_.step_pointer[plan_.group_pointer[task + 1]];
     At* at = static_cast<Step*>(offsets_)->at;
-    for (int64_t i = 4 * first; i < 4 * last; i++) at[i] = At((plan_.step_k[i] - begin) * unit);
+    for (int64_t i = 4 * first; i < 4 * last; i++) at[i] = At((table_[plan_.step_k[i]] - base) / Step::kUnit);
     for (int64_t i = 4 * first; i < 4 * last; i++) {
       const int32_t index = plan_.step_value[i], padding = index >> 31;  // all ones for -1
       const T value = p_.values[index & ~padding];                       // a load without a branch
@@ -295,6 +313,9 @@ class Chunks {
 
   const Product<T>& p_;
   const Plan& plan_;
+  const int64_t span_step_;
   T* weights_;
-  void* offsets_;  // STRIP: uint32_t per entry, SELL: a Step per step
+  void* offsets_;    // STRIP: uint32_t per entry, SELL: a Step per step
+  uint32_t* table_;  // bytes from the first row of X to row k
+  bool near_;
 };

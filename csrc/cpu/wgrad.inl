@@ -147,7 +147,7 @@ class WeightGradRun {
  public:
   explicit WeightGradRun(const WeightGrad<T>& p) : p_(p), plan_(p.plan) {
     grid_ = p.window.grid[0] * p.window.grid[1], area_ = p.in.height * p.in.width, taps_ = p.window.taps();
-    identity_ = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p.window.grid[0], p.window.grid[1]}};
+    identity_ = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p.window.grid[0], p.window.grid[1]}, false};
     channels_ = std::max<int64_t>(std::min(plan_.span_channels, p.in.channels), 1);
     // Whole images, unless they are too large for it.
     outer_ = plan_.run % L == 0 && taps_ <= kMaxTaps && channels_ * area_ * int64_t(sizeof(T)) <= 4 * kSpanBytes;

@@ -1,20 +1,18 @@
 // Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] where 16 rows share each k and the channels of a pixel are
-// neighbours in memory: bsr_linear and its dgrad, bsr_conv2d and its dgrad in channels_last. Nothing is packed but W.
+// neighbours in memory: bsr_linear and its dgrad, bsr_conv2d and, with stride 1, its dgrad in channels_last.
 //
 //        rows of the strip (16)              a tile: up to 6 pixels times 2 vectors of rows
 //   k   |w w w w w w w w|w w ... |             one entry: 2 loads of W, 6 broadcasts of X, 12 FMAs
 //   x0 -> acc acc
-//   x1 -> acc acc       A tap whose point exists for none of the 6 pixels is skipped; where it exists for some, the
-//   ...                 others read a row of zeros.
+//   x1 -> acc acc       X is read in place. With padding, the rows that a band of pixels reads are copied first, zeros
+//   ...                 around them, so that k is the same distance from every pixel.
 //   x5 -> acc acc
 //
-// Who computes what: a task is a block of at most 24 pixels, strip by strip, so that a strip's weights are read from
-// the first-level cache by all but the first tile. In dgrad with strides, pixels are numbered phase by phase (x modulo
-// stride), for neighbours of one phase read through the same taps.
-// Order of summation: an output sums its entries in the order of the plan, in one accumulator per 256 entries.
+// Who computes what: a task is a band of pixels (with few, a part of its strips); within it, strip by strip for 24
+// pixels at a time, so that a strip's weights are read from the first-level cache by all tiles but the first. Order of
+// summation: an output sums its entries in the order of the plan, in pieces of 256 that are added up.
 
-// Weights of NV * lanes rows, from w on, `step` numbers from entry to entry where they are in a stream (Direct: where
-// the entry says). kWideRows of them are there even where the strip has fewer.
+// Adds n entries to the sums. The weights of an entry are the next kWideRows of a stream or, if Direct, where it says.
 template <class T, int NP, int NV, bool Direct>
 SK_INLINE void wide_kernel(const T* const* x, const int32_t* entry, int64_t n, const T* w, Vec<T> (&acc)[NP][NV]) {
   constexpr int L = kLanes<T>;
@@ -41,50 +39,84 @@ template <class T>
 class WideRun {
  public:
   // Whether these activations can be read and written in place.
-  static bool fits(const Product<T>& p) { return p.plan.wide.count > 0 && p.in.channels_last && p.out.channels_last; }
+  static bool fits(const Product<T>& p) {
+    return p.plan.wide.count > 0 && p.in.channels_last && p.out.channels_last &&
+           p.in.images * p.in.height * p.in.width * p.in.channels < INT32_MAX;
+  }
 
-  // Forward, and dgrad of linear: the grid of pixels is that of Y, which reads X through the window. `transposed`:
-  // dgrad of a convolution, where it is X that reads Y.
-  WideRun(const Product<T>& p, bool transposed) : p_(p), wide_(p.plan.wide), transposed_(transposed) {
-    height_ = transposed ? p.out.height : p.window.grid[0];
-    width_ = transposed ? p.out.width : p.window.grid[1];
-    pixels_ = p.in.images * height_ * width_;
-    direct_ = wide_.row_stride == 1;
+  explicit WideRun(const Product<T>& p) : p_(p), w_(p.window), wide_(p.plan.wide), direct_(wide_.row_stride == 1) {
+    const Window& w = w_;
+    padded_ = w.padding[0] > 0 || w.padding[1] > 0;
+    pitch_ = padded_ ? p.in.width + 2 * w.padding[1] : p.in.width;
+    halo_ = (w.kernel[0] - 1) * w.dilation[0] + 1;
+    if (padded_) {
+      const int64_t fit = kBandBytes / int64_t(sizeof(T)) / (pitch_ * p.in.channels);
+      const int64_t most = std::clamp<int64_t>((fit - halo_) / w.stride[0] + 1, 1, w.grid[0]);
+      per_image_ = (w.grid[0] + most - 1) / most;
+      bands_ = p.in.images * per_image_;
+      copy_ = (((w.grid[0] + per_image_ - 1) / per_image_ - 1) * w.stride[0] + halo_) * pitch_ * p.in.channels;
+    } else {
+      bands_ = (p.in.images * w.grid[0] * w.grid[1] + kBlock - 1) / kBlock;
+    }
   }
 
   void run() {
-    if (pixels_ == 0 || p_.out.channels == 0) return;
-    const int64_t blocks = (pixels_ + kBlock - 1) / kBlock;
-    // Few pixels: strips are shared out as well.
-    const int64_t shares = blocks >= kManyBlocks ? 1 : std::min<int64_t>(wide_.count, kManyBlocks);
-    const int64_t stream = direct_ ? 0 : wide_.entry_count * Plan::kWideRows;
-    T* scratch = static_cast<T*>(p_.scratch(0, size_t(stream + p_.in.channels) * sizeof(T)));
-    stream_ = scratch, zeros_ = scratch + stream;
-    std::fill_n(scratch + stream, p_.in.channels, T(0));
-    if (!direct_)
+    if (p_.in.images * w_.grid[0] * w_.grid[1] == 0 || p_.out.channels == 0) return;
+    constexpr int64_t W = Plan::kWideRows;
+    shares_ = bands_ >= kManyBands ? 1 : std::min<int64_t>(wide_.count, kManyBands);
+    const bool many_taps = w_.taps() > 1;
+    const int64_t stream = direct_ ? 0 : wide_.entry_count * W, copies = shares_ > 1 && padded_ ? bands_ * copy_ : 0;
+    const int64_t pairs = many_taps ? 2 * wide_.entry_count : 0;
+    char* scratch = static_cast<char*>(p_.scratch(0, size_t(stream + copies) * sizeof(T) + size_t(pairs) * 4 + 64));
+    stream_ = reinterpret_cast<T*>(scratch), copies_ = stream_ + stream;
+    entries_ = many_taps ? reinterpret_cast<int32_t*>(copies_ + copies) : nullptr;
+    if (!direct_ || many_taps)
       p_.parallel(
-          wide_.count, stream / wide_.count, [](void* self, int64_t i) { static_cast<WideRun*>(self)->fill_strip(i); },
+          wide_.count, 2 * p_.plan.size / wide_.count,
+          [](void* self, int64_t i) { static_cast<WideRun*>(self)->fill_strip(i); }, this);
+    if (copies)
+      p_.parallel(
+          bands_, copy_,
+          [](void* self, int64_t i) {
+            WideRun* run = static_cast<WideRun*>(self);
+            run->copy_band(i, run->copies_ + i * run->copy_);
+          },
           this);
-    shares_ = shares, blocks_ = blocks;
-    p_.parallel(
-        blocks * shares, p_.plan.size * pixels_ / (blocks * shares),
-        [](void* self, int64_t i) { static_cast<WideRun*>(self)->block(i); }, this);
+    const int64_t work = p_.plan.size * p_.in.images * w_.grid[0] * w_.grid[1] / (bands_ * shares_);
+    p_.parallel(bands_ * shares_, work, [](void* self, int64_t i) { static_cast<WideRun*>(self)->task(i); }, this);
   }
 
  private:
-  static constexpr int L = kLanes<T>, kTile = 6, kBlock = 24, kMaxTaps = 64;
+  static constexpr int L = kLanes<T>, kTile = 6;
   static constexpr int NV = L >= 16 ? 1 : 2;  // vectors of a tile
-  static constexpr int64_t kManyBlocks = 4;
+  static constexpr int64_t kBlock = 24, kManyBands = 4, kBandBytes = 192 << 10, kPiece = 256;
 
-  // The stream of a strip: its weights entry by entry, 16 rows of each.
+  struct Band {
+    int64_t image, begin, end;  // rows of the grid
+  };
+  Band band(int64_t i) const {
+    const int64_t b = i % per_image_;
+    return {i / per_image_, b * w_.grid[0] / per_image_, (b + 1) * w_.grid[0] / per_image_};
+  }
+
+  // The stream of a strip: its weights entry by entry, 16 rows of each, and how far each k is from a pixel's first.
   void fill_strip(int64_t s) {
     constexpr int W = Plan::kWideRows;
-    const int64_t rows = wide_.rows_of[s], stride = wide_.row_stride;
-    const int64_t begin = wide_.pointer[wide_.part_pointer[s]], end = wide_.pointer[wide_.part_pointer[s + 1]];
+    const int64_t rows = wide_.rows_of[s], stride = wide_.row_stride, begin = wide_.pointer[s];
+    const int64_t end = wide_.pointer[s + 1], channels = p_.in.channels;
+    for (int64_t e = begin; entries_ && e < end; e++) {
+      const int64_t k = wide_.entries[2 * e];
+      int64_t tap = k / channels;
+      if (w_.flipped) tap = w_.taps() - 1 - tap;
+      const int64_t y = tap / w_.kernel[1] * w_.dilation[0], x = tap % w_.kernel[1] * w_.dilation[1];
+      entries_[2 * e] = int32_t((y * pitch_ + x) * channels + k % channels);
+      entries_[2 * e + 1] = wide_.entries[2 * e + 1];
+    }
+    if (direct_) return;
     const int32_t* index = wide_.entries + 1;
     for (int64_t e = begin; e < end;) {
       const T* from = p_.values + index[2 * e];
-      T* to = const_cast<T*>(stream_) + e * W;
+      T* to = stream_ + e * W;
       if (rows == W && e + 4 <= end && index[2 * e + 6] == index[2 * e] + 3) {
         for (int r = 0; r < W; r += 4) transpose_square(from + r * stride, stride, to + r, W);
         e += 4;
@@ -95,60 +127,61 @@ class WideRun {
     }
   }
 
-  // What pixel `at` reads through each tap; pixels beyond the last read nothing.
-  void find(int64_t at, const T** taps) const {
-    const Window& w = p_.window;
-    const Images& in = p_.in;
-    const int64_t area = height_ * width_;
-    const bool exists = at < pixels_;
-    const int64_t image = at / area;
-    const auto [y, x] = exists ? place(at % area) : Place{0, 0};
-    for (int64_t i = 0, t = 0; i < w.kernel[0]; i++) {
-      const int64_t v = exists ? point(0, y, i, in.height) : -1;
-      for (int64_t j = 0; j < w.kernel[1]; j++, t++) {
-        const int64_t u = v < 0 ? -1 : point(1, x, j, in.width);
-        taps[t * kBlock] = u < 0 ? nullptr : p_.x + ((image * in.height + v) * in.width + u) * in.channels;
+  // The rows of X that a band reads, with the padding around them.
+  void copy_band(int64_t i, T* to) const {
+    const Band b = band(i);
+    const int64_t channels = p_.in.channels, row = pitch_ * channels, left = w_.padding[1] * channels;
+    const int64_t top = b.begin * w_.stride[0] - w_.padding[0], rows = (b.end - b.begin - 1) * w_.stride[0] + halo_;
+    for (int64_t y = top; y < top + rows; y++, to += row) {
+      if (y < 0 || y >= p_.in.height) {
+        std::fill_n(to, row, T(0));
+        continue;
       }
+      const int64_t n = p_.in.width * channels;
+      std::fill_n(to, left, T(0));
+      std::memcpy(to + left, p_.x + (b.image * p_.in.height + y) * n, size_t(n) * sizeof(T));
+      std::fill(to + left + n, to + row, T(0));
     }
   }
 
-  struct Place {
-    int64_t y, x;
-  };
-
-  // Pixel `at` of an image: row by row, or phase by phase.
-  Place place(int64_t at) const {
-    const int64_t s = transposed_ ? p_.window.stride[1] : 1;
-    const int64_t y = at / width_;
-    at %= width_;
-    if (s == 1) return {y, at};
-    for (int64_t phase = 0;; phase++) {
-      const int64_t n = (width_ - phase + s - 1) / s;
-      if (at < n) return {y, at * s + phase};
-      at -= n;
-    }
-  }
-
-  // Coordinate `d` of what is read through a tap, or -1.
-  int64_t point(int d, int64_t at, int64_t tap, int64_t length) const {
-    const Window& w = p_.window;
-    if (!transposed_) return source(w, d, at, tap, length);
-    const int64_t s = at + w.padding[d] - tap * w.dilation[d];
-    return s >= 0 && s % w.stride[d] == 0 && s / w.stride[d] < length ? s / w.stride[d] : -1;
-  }
-
-  void block(int64_t task) {
-    const int64_t block = task / shares_, share = task % shares_;
-    const int64_t first = block * pixels_ / blocks_, count = (block + 1) * pixels_ / blocks_ - first;
-    const int64_t taps = p_.window.taps();
-    const T** x = static_cast<const T**>(p_.scratch(1, size_t(taps) * kBlock * sizeof(T*)));
+  void task(int64_t i) const {
+    const int64_t share = i % shares_, begin = share * wide_.count / shares_, end = (share + 1) * wide_.count / shares_;
+    i /= shares_;
+    const T* x[kBlock];
     T* y[kBlock];
-    for (int64_t i = 0; i < kBlock; i++) {
-      find(i < count ? first + i : pixels_, x + i);
-      if (i < count) y[i] = target(first + i);
+    const int64_t area = w_.grid[0] * w_.grid[1], channels = p_.in.channels;
+    if (!padded_) {
+      const int64_t pixels = p_.in.images * area, first = i * pixels / bands_, last = (i + 1) * pixels / bands_;
+      Pixel at = pixel_at(first, w_);
+      for (int64_t n = 0; n < last - first; n++, advance(at, w_)) {
+        x[n] = p_.x + ((at.image * p_.in.height + at.y * w_.stride[0]) * pitch_ + at.x * w_.stride[1]) * channels;
+        y[n] = p_.y + (first + n) * p_.out.channels;
+      }
+      return block(begin, end, last - first, x, y);
     }
-    for (int64_t s = share * wide_.count / shares_; s < (share + 1) * wide_.count / shares_; s++)
-      for (int64_t at = 0; at < count; at += kTile) switch (std::min<int64_t>(kTile, count - at)) {
+    const Band b = band(i);
+    T* copy = copies_ + i * copy_;
+    if (shares_ == 1) {
+      copy = static_cast<T*>(p_.scratch(1, size_t(copy_) * sizeof(T)));
+      copy_band(i, copy);
+    }
+    T* to = p_.y + (b.image * area + b.begin * w_.grid[1]) * p_.out.channels;
+    int64_t n = 0;
+    for (int64_t v = 0; v < b.end - b.begin; v++)
+      for (int64_t u = 0; u < w_.grid[1]; u++, to += p_.out.channels) {
+        x[n] = copy + (v * w_.stride[0] * pitch_ + u * w_.stride[1]) * channels, y[n++] = to;
+        if (n == kBlock) block(begin, end, n, x, y), n = 0;
+      }
+    if (n > 0) block(begin, end, n, x, y);
+  }
+
+  // Strips [begin, end) for `count` pixels, in tiles as equal as can be.
+  void block(int64_t begin, int64_t end, int64_t count, const T* const* x, T* const* y) const {
+    const int64_t tiles = (count + kTile - 1) / kTile;
+    for (int64_t s = begin; s < end; s++)
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t at = t * count / tiles;
+        switch ((t + 1) * count / tiles - at) {
           case 6:
             strip<6>(s, x + at, y + at);
             break;
@@ -167,12 +200,7 @@ class WideRun {
           default:
             strip<1>(s, x + at, y + at);
         }
-  }
-
-  T* target(int64_t at) const {
-    if (!transposed_) return p_.y + at * p_.out.channels;
-    const auto [y, x] = place(at % (height_ * width_));
-    return p_.y + ((at / (height_ * width_) * height_ + y) * width_ + x) * p_.out.channels;
+      }
   }
 
   template <int NP>
@@ -184,59 +212,47 @@ class WideRun {
   // Rows v .. v + NV * L of a strip.
   template <int NP, bool Direct>
   void rows(int64_t s, int64_t v, const T* const* x, T* const* y) const {
-    const int64_t row = wide_.first_row[s] + v, n = std::min<int64_t>(NV * L, wide_.rows_of[s] - v);
-    Vec<T> acc[NP][NV];
+    const int64_t row = s * Plan::kWideRows + v, n = std::min<int64_t>(NV * L, wide_.rows_of[s] - v);
+    const int32_t* entries = entries_ ? entries_ : wide_.entries;
+    const int64_t begin = wide_.pointer[s], end = wide_.pointer[s + 1];
+    for (int64_t at = begin; at == begin || at < end; at += kPiece) {
+      Vec<T> acc[NP][NV];
 #pragma GCC unroll 6
-    for (int i = 0; i < NP; i++)
+      for (int i = 0; i < NP; i++)
 #pragma GCC unroll 2
-      for (int q = 0; q < NV; q++) acc[i][q] = Vec<T>{};
-    bool written = false;
-    int64_t summed = 0;
-    for (int64_t p = wide_.part_pointer[s]; p < wide_.part_pointer[s + 1]; p++) {
-      const T* const* tap = x + wide_.tap[p] * kBlock;
-      const T* points[NP];
-      bool any = false;
-#pragma GCC unroll 6
-      for (int i = 0; i < NP; i++) any |= tap[i] != nullptr, points[i] = tap[i] ? tap[i] : zeros_;
-      if (!any) continue;
-      const int64_t at = wide_.pointer[p], count = wide_.pointer[p + 1] - at;
-      if (summed > 0 && summed + count > kPiece) {
-        flush<NP>(acc, row, n, written, y);
-        written = true, summed = 0;
-      }
-      wide_kernel<T, NP, NV, Direct>(points, wide_.entries + 2 * at, count,
+        for (int q = 0; q < NV; q++) acc[i][q] = Vec<T>{};
+      wide_kernel<T, NP, NV, Direct>(x, entries + 2 * at, std::min(kPiece, end - at),
                                      Direct ? p_.values + v : stream_ + at * Plan::kWideRows + v, acc);
-      summed += count;
+      add<NP>(acc, row, n, at == begin, y);
     }
-    flush<NP>(acc, row, n, written, y);
   }
 
-  static constexpr int64_t kPiece = 256;
-
-  // Adds the sums to y, or writes them with the bias the first time, and clears them.
+  // Writes the sums with the bias, or adds them to what is there.
   template <int NP>
-  SK_INLINE void flush(Vec<T> (&acc)[NP][NV], int64_t row, int64_t n, bool add, T* const* y) const {
-    alignas(64) T part[NV * L], bias[NV * L] = {};
+  SK_INLINE void add(Vec<T> (&acc)[NP][NV], int64_t row, int64_t n, bool first, T* const* y) const {
+    alignas(64) T bias[NV * L] = {}, part[NV * L];
     if (p_.bias) std::copy_n(p_.bias + row, n, bias);
 #pragma GCC unroll 6
     for (int i = 0; i < NP; i++) {
       T* to = y[i] + row;
+      if (n == NV * L) {
 #pragma GCC unroll 2
-      for (int q = 0; q < NV; q++) {
-        if (n == NV * L)
-          store(to + q * L, acc[i][q] + (add ? load(to + q * L) : load(bias + q * L)));
-        else
-          store(part + q * L, acc[i][q]);
-        acc[i][q] = Vec<T>{};
+        for (int q = 0; q < NV; q++) store(to + q * L, acc[i][q] + (first ? load(bias + q * L) : load(to + q * L)));
+      } else {
+#pragma GCC unroll 2
+        for (int q = 0; q < NV; q++) store(part + q * L, acc[i][q]);
+        for (int64_t r = 0; r < n; r++) to[r] = part[r] + (first ? bias[r] : to[r]);
       }
-      for (int64_t r = 0; n < NV * L && r < n; r++) to[r] = part[r] + (add ? to[r] : bias[r]);
     }
   }
 
   const Product<T>& p_;
+  const Window& w_;
   const Plan::Wide& wide_;
-  const bool transposed_;
-  bool direct_;
-  int64_t height_, width_, pixels_, blocks_ = 0, shares_ = 0;
-  const T *stream_ = nullptr, *zeros_ = nullptr;
+  const bool direct_;
+  bool padded_;
+  int64_t pitch_, halo_;  // pixels from row to row, rows that one row of pixels reads
+  int64_t bands_, per_image_ = 1, copy_ = 0, shares_ = 1;
+  T *stream_ = nullptr, *copies_ = nullptr;
+  int32_t* entries_ = nullptr;
 };

@@ -1,0 +1,216 @@
+// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] for convolutions with stride 1: as panel_product.inl, from
+// planes that all tiles of a band of rows share.
+//
+//   grid (width 8, kernel 3x3)        planes: for each column of taps j and channel c, the rows of X that the band
+//   reads,
+//   |. . . . . . . .|                 shifted by the tap and as wide as the grid:
+//   |. T T T T T T T| <- a tile         j = 0  |0 x x x x x x x|   j = 1  |x x x x x x x x|   j = 2  |x x x x x x x 0|
+//   |T T T T T . . .|                          |0 x x x x x x x|          |x x x x x x x x|          |x x x x x x x 0|
+//                                              ...
+// Pixels that follow each other in the grid then follow each other in every plane, across rows too, so row k of X for a
+// tile is just a place in memory: plane (j, c), the tap's row, the tile's first pixel. X is copied once per column of
+// taps, not once per tap.
+//
+// Who computes what: a task is a band of rows of an image; with few, tiles are shared out within a band. Order of
+// summation: as in panel_product.inl.
+template <class T>
+class PlaneRun {
+ public:
+  // Small images leave lanes idle here; panels mix images.
+  static bool fits(const Product<T>& p) {
+    const Window& w = p.window;
+    const int64_t area = w.grid[0] * w.grid[1];
+    return p.plan.kind != Plan::kNone && w.stride[0] == 1 && w.stride[1] == 1 && area >= kMinArea;
+  }
+
+  explicit PlaneRun(const Product<T>& p) : p_(p), w_(p.window), chunks_(Chunks<T>::count(p.plan)) {
+    width_ = w_.grid[1], halo_ = (w_.kernel[0] - 1) * w_.dilation[0];
+    const int64_t row = w_.kernel[1] * p.in.channels * width_ * int64_t(sizeof(T));  // bytes of all planes per row
+    const int64_t most = std::clamp<int64_t>(kPlaneBytes / row - halo_, std::min<int64_t>(w_.grid[0], 2), w_.grid[0]);
+    bands_ = (w_.grid[0] + most - 1) / most;
+    rows_ = (w_.grid[0] + bands_ - 1) / bands_ + halo_;  // bands differ by one row at most
+    // An odd number of cache lines, so that neighbouring planes do not fall onto the same places of the cache.
+    constexpr int64_t kLine = 64 / sizeof(T);
+    plane_ = ((rows_ * width_ + kLine - 1) / kLine | 1) * kLine;
+    plain_ = p.in.channels_last ? rows_ * p.in.width : 0;
+    size_ =
+        (1 + w_.kernel[1] * p.in.channels) * plane_ + 3 * L;  // a plane of zeros first; tiles may read past the last
+  }
+
+  void run() {
+    if (p_.in.images == 0 || p_.plan.rows == 0) return;
+    const int64_t tasks = p_.in.images * bands_, stream = Chunks<T>::bytes(p_.plan);
+    together_ = tasks < kManyBands;
+    const int64_t shared = together_ ? size_ + plain_ * p_.in.channels : 0;
+    char* scratch = static_cast<char*>(p_.scratch(0, size_t(stream) + size_t(shared) * sizeof(T)));
+    Chunks<T> chunks(p_, p_.plan, scratch, 0, [&](int64_t k) { return place(k); });
+    chunks.fill_stream();
+    product_ = &chunks;
+    const int64_t work = Chunks<T>::work(p_.plan) * w_.grid[0] * width_ / bands_;
+    if (!together_) {
+      p_.parallel(tasks, work, [](void* self, int64_t i) { static_cast<PlaneRun*>(self)->one_band(i); }, this);
+      return;
+    }
+    planes_ = reinterpret_cast<T*>(scratch + stream);
+    for (band_ = 0; band_ < tasks; band_++) {
+      if (plain_) transpose_band(band_, planes_ + size_);
+      p_.parallel(
+          w_.kernel[1], size_ / w_.kernel[1],
+          [](void* self, int64_t j) {
+            PlaneRun* run = static_cast<PlaneRun*>(self);
+            run->fill(run->band_, j, run->planes_ + run->size_, run->planes_);
+          },
+          this);
+      const int64_t parts = tiles(band_) * chunks_;
+      p_.parallel(
+          parts, work / parts,
+          [](void* self, int64_t i) {
+            PlaneRun* run = static_cast<PlaneRun*>(self);
+            run->compute(run->band_, i / run->chunks_, i % run->chunks_, run->planes_);
+          },
+          this);
+    }
+  }
+
+ private:
+  static constexpr int L = kLanes<T>;
+  static constexpr int64_t kMinArea = 64, kManyBands = 4, kPlaneBytes = 256 << 10;
+
+  // Where row k of X begins, for the first pixel of a band.
+  int64_t place(int64_t k) const {
+    if (k == p_.plan.ks) return 0;
+    int64_t tap = k / p_.in.channels;
+    if (w_.flipped) tap = w_.taps() - 1 - tap;
+    const int64_t i = tap / w_.kernel[1], j = tap % w_.kernel[1];
+    return (1 + j * p_.in.channels + k % p_.in.channels) * plane_ + i * w_.dilation[0] * width_;
+  }
+
+  struct Band {
+    int64_t image, begin, end;  // rows of the grid
+  };
+  Band band(int64_t task) const {
+    const int64_t image = task / bands_, b = task % bands_;
+    return {image, b * w_.grid[0] / bands_, (b + 1) * w_.grid[0] / bands_};
+  }
+
+  int64_t vectors(int64_t task) const {
+    const Band b = band(task);
+    return ((b.end - b.begin) * width_ + L - 1) / L;
+  }
+  int64_t tiles(int64_t task) const { return (vectors(task) + 2) / 3; }
+
+  // Rows of X that a band reads: from `top` on, of which [first, last) exist.
+  struct Rows {
+    int64_t top, count, first, last;
+  };
+  Rows rows(const Band& b) const {
+    const int64_t top = b.begin - w_.padding[0], count = b.end - b.begin + halo_;
+    const int64_t first = std::clamp<int64_t>(-top, 0, count);
+    return {top, count, first, std::clamp<int64_t>(p_.in.height - top, first, count)};
+  }
+
+  // Where channels are neighbours: the rows of a band as [channel][row][column], by squares transposed.
+  void transpose_band(int64_t task, T* to) const {
+    const Band b = band(task);
+    const Rows r = rows(b);
+    const int64_t channels = p_.in.channels, n = (r.last - r.first) * p_.in.width;
+    const T* from = p_.x + (b.image * p_.in.height + r.top + r.first) * p_.in.width * channels;
+    const T* lane[L];
+    int64_t at = 0;
+    for (; at + L <= n; at += L) {
+      for (int64_t i = 0; i < L; i++) lane[i] = from + (at + i) * channels;
+      pack_lanes(lane, channels, L, plain_, to + at);
+    }
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t i = at; i < n; i++) to[c * plain_ + i] = from[i * channels + c];
+  }
+
+  // The planes of tap column j, with j = 0 the plane of zeros; `plain` is what transpose_band wrote.
+  void fill(int64_t task, int64_t j, const T* plain, T* planes) const {
+    const Band b = band(task);
+    const Rows r = rows(b);
+    if (j == 0) std::fill_n(planes, plane_, T(0));
+    const int64_t shift = j * w_.dilation[1] - w_.padding[1];  // grid column x reads column x + shift
+    const int64_t low = std::clamp<int64_t>(-shift, 0, width_), high = std::clamp(p_.in.width - shift, low, width_);
+    const int64_t plane = p_.in.channels_last ? plain_ : p_.in.height * p_.in.width;
+    const T* from = plain;
+    if (!p_.in.channels_last) from = p_.x + b.image * p_.in.channels * plane + (r.first + r.top) * p_.in.width;
+    T* to = planes + (1 + j * p_.in.channels) * plane_;
+    for (int64_t c = 0; c < p_.in.channels; c++, from += plane, to += plane_) {
+      std::fill_n(to, r.first * width_, T(0));
+      std::fill(to + r.last * width_, to + r.count * width_, T(0));
+      if (width_ == p_.in.width && high > low && r.last > r.first) {
+        // All rows in one piece; what wraps around from row to row is cleared.
+        const int64_t begin = r.first * width_ + low, end = (r.last - 1) * width_ + high;
+        std::memcpy(to + begin, from + low + shift, size_t(end - begin) * sizeof(T));
+        for (int64_t y = r.first; y < r.last; y++) clear_ends(to + y * width_, low, high);
+      } else {
+        for (int64_t y = r.first; y < r.last; y++) {
+          std::copy_n(from + (y - r.first) * p_.in.width + low + shift, high - low, to + y * width_ + low);
+          clear_ends(to + y * width_, low, high);
+        }
+      }
+    }
+  }
+
+  SK_INLINE void clear_ends(T* row, int64_t low, int64_t high) const {
+    for (int64_t x = 0; x < low; x++) row[x] = T(0);
+    for (int64_t x = high; x < width_; x++) row[x] = T(0);
+  }
+
+  // Where the vectors of a tile begin, how many they are, and where its first pixel is in the grid of all images.
+  struct Tile {
+    int64_t begin, vectors, first, pixels;
+  };
+  Tile tile(int64_t task, int64_t i) const {
+    const Band b = band(task);
+    const int64_t all = vectors(task), count = tiles(task), begin = i * all / count, n = (i + 1) * all / count - begin;
+    const int64_t first = (b.image * w_.grid[0] + b.begin) * width_ + begin * L;
+    return {begin, n, first, std::min(n * L, (b.end - b.begin) * width_ - begin * L)};
+  }
+
+  void compute(int64_t task, int64_t i, int64_t chunk, const T* planes) const {
+    alignas(64) T y[Chunks<T>::kMaxRows * kRow<T>];
+    const Tile t = tile(task, i);
+    const auto rows = product_->compute(planes + t.begin * L, t.vectors, chunk, y);
+    scatter(y, rows.first, rows.count, t.first, t.pixels, kRow<T>, p_.out, p_.y);
+  }
+
+  void one_band(int64_t task) {
+    T* planes = static_cast<T*>(p_.scratch(1, size_t(size_ + plain_ * p_.in.channels) * sizeof(T)));
+    if (plain_) transpose_band(task, planes + size_);
+    for (int64_t j = 0; j < w_.kernel[1]; j++) fill(task, j, planes + size_, planes);
+    if (p_.plan.kind == Plan::kStrip && !p_.out.channels_last) return strips(task, planes);
+    for (int64_t i = 0; i < tiles(task); i++)
+      for (int64_t c = 0; c < chunks_; c++) compute(task, i, c, planes);
+  }
+
+  // Strip by strip along the band, straight into the planes of Y.
+  void strips(int64_t task, const T* planes) const {
+    const int64_t area = w_.grid[0] * width_, count = tiles(task);
+    for (int64_t s = 0; s < p_.plan.strips; s++) {
+      const int64_t row = p_.plan.first_row[s];
+      for (int64_t i = 0; i < count; i++) {
+        const Tile t = tile(task, i);
+        T* y = p_.y + (t.first / area * p_.out.channels + row) * area + t.first % area;
+        if (t.pixels == t.vectors * L) {
+          product_->compute_strip(planes + t.begin * L, t.vectors, s, y, area);
+          continue;
+        }
+        alignas(64) T part[Plan::kStripRows * kRow<T>];
+        product_->compute_strip(planes + t.begin * L, t.vectors, s, part, kRow<T>);
+        for (int64_t r = 0; r < p_.plan.rows_of[s]; r++) std::copy_n(part + r * kRow<T>, t.pixels, y + r * area);
+      }
+    }
+  }
+
+  const Product<T>& p_;
+  const Window& w_;
+  const int64_t chunks_;
+  int64_t bands_, rows_;                         // bands of an image, rows of a plane
+  int64_t width_, halo_, plane_, plain_, size_;  // numbers
+  bool together_ = false;
+  int64_t band_ = 0;
+  T* planes_ = nullptr;
+  const Chunks<T>* product_ = nullptr;
+};
