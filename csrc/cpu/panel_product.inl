@@ -118,6 +118,7 @@ SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t ste
   for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
+  asm("" : "+r"(x));  // one base, not the sum of two in each address
   for (const Step* end = step + steps; step != end; step++, w += 4) {
     const T* xs[4];
     step->find(x, xs);
