@@ -95,6 +95,14 @@ class SparseLayer(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        """``values`` and ``bias``, without nn.Module's slow attribute look-up where they are Parameters as usual."""
+        parameters = self._parameters
+        try:
+            return cast("Tensor", parameters["values"]), parameters["bias"]
+        except KeyError:  # parametrised, pruned, or a replica of nn.DataParallel
+            return self.values, self.bias
+
     def _set_pattern(self, pattern: BlockPattern) -> None:
         """Take ``pattern`` to the device of the values, plan its kernels, and write the record of it in the buffers."""
         device = self.values.device
@@ -220,7 +228,8 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return functional.bsr_linear(input, self.values, self._pattern, self.bias, backend=self.backend)
+        values, bias = self._weights()
+        return functional.bsr_linear(input, values, self._pattern, bias, backend=self.backend)
 
     @classmethod
     def from_dense(cls, module: nn.Linear, pattern: BlockPattern, *, backend: Backend = "auto") -> SparseLinear:
@@ -296,8 +305,9 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C_in, H, W] or [C_in, H, W] -> [N, C_out, H', W'] or [C_out, H', W']."""
+        values, bias = self._weights()
         return functional.bsr_conv2d(
-            input, self.values, self._pattern, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            input, values, self._pattern, bias, self.stride, self.padding, self.dilation, self.groups,
             kernel_size=self.kernel_size, backend=self.backend,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ wgrad gives the gradient of the bias, dY summed up, as its second result when ``
 has dY at hand already.
 ``plan`` is what the CPU kernel of that op needs (``plan.py``); the indices are for the others. The ops trust their
 indices and plans, which is why they are private: ``functional.py`` is the way in. They carry no autograd rule: each
-product's gradient is made of the other two, in ``functional.py``.
+product's gradient is made of the other two, in ``autograd.py``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from samples import GEOMETRIES, Geometry, Problem, lay_out, make_problem, problems, small_problems
 from torch import Tensor
 
+from sparsekern import autograd, functional
 from sparsekern.functional import bsr_conv2d, bsr_linear, prepare
 from sparsekern.pattern import BlockPattern
 from sparsekern.weights import weight_from_matrix
@@ -205,6 +206,31 @@ def test_images_without_pixels_are_refused(size: tuple[int, int], backend: Any) 
         bsr_conv2d(x, values, pattern, padding=1, kernel_size=1, backend=backend)
 
 
+def test_what_is_channels_last_is_as_torch_has_it() -> None:
+    sizes = [(n, c, h, w) for n in (0, 1, 2) for c in (0, 1, 3) for h in (1, 4) for w in (1, 5)]
+    for size in sizes:
+        x = torch.empty(size)
+        layouts = [lay_out(x, name) for name in ("nchw", "channels_last", "transposed", "sliced", "expanded", "scalar")]
+        for y in (*layouts, x.permute(0, 1, 3, 2), torch.empty(size[0], size[2], size[3], size[1]).permute(0, 3, 1, 2)):
+            expected = torch._prims_common.suggest_memory_format(y) == torch.channels_last
+            assert functional._is_channels_last(y) == expected, (size, y.stride())
+
+
+def test_a_convolutions_geometry_is_checked_again_unless_it_is_the_same_object() -> None:
+    stride: Any = [1, 1]
+    y = bsr_conv2d(IMAGES, CONV_VALUES, CONV, stride=stride, kernel_size=(2, 2))
+    assert y.shape[2:] == (4, 4)
+    stride[:] = [2, 2]
+    assert bsr_conv2d(IMAGES, CONV_VALUES, CONV, stride=stride, kernel_size=(2, 2)).shape[2:] == (2, 2)
+    for good, bad in ((1, True), ((1, 1), (1.0, 1)), (1, 1.0)):
+        for _ in range(2):
+            bsr_conv2d(IMAGES, CONV_VALUES, CONV, stride=good, kernel_size=2)
+            with pytest.raises(ValueError, match="stride must be"):
+                bsr_conv2d(IMAGES, CONV_VALUES, CONV, stride=bad, kernel_size=2)
+    with pytest.raises(ValueError, match="groups must be"):
+        bsr_conv2d(IMAGES, CONV_VALUES, CONV, stride=1, groups=True, kernel_size=2)
+
+
 # ---- lower precision --------------------------------------------------------------------------------------------
 
 
@@ -256,6 +282,44 @@ def test_autocast_leaves_float64_alone() -> None:
     p = convolution_or_linear("linear", torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert p.call(p.x, p.values, p.bias, "cpu").dtype == torch.float64
+
+
+# ---- autograd Functions without torch's wrapper ------------------------------------------------------------------
+
+
+@kinds
+def test_calls_are_the_same_without_the_shortcut(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a torch that does not say whether functorch is active: Function.apply itself is called then."""
+    p = convolution_or_linear(kind, torch.float32)
+    expected = forward_and_gradients(p, "cpu")
+    for name, function in (("linear", autograd.Linear), ("conv2d", autograd.Conv2d)):
+        plain = autograd.direct_apply(function, None)
+        assert plain == function.apply != autograd.direct_apply(function, torch.is_grad_enabled)
+        monkeypatch.setattr(functional, f"apply_{name}", plain)
+    monkeypatch.setattr(functional, "functorch_is_active", None)
+    for a, b in zip(forward_and_gradients(p, "cpu"), expected, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: p.call(x, p.values, p.bias, "cpu").sum())(p.x)
+
+
+@kinds
+def test_functorch_is_refused(kind: str) -> None:
+    p = convolution_or_linear(kind, torch.float32)
+    prepare(p.pattern, p.geometry.kernel if p.geometry else None)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: p.call(x, p.values, p.bias, "cpu").sum())(p.x)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.vmap(lambda x: p.call(x, p.values, p.bias, "cpu"))(p.x[None])
+
+
+@kinds
+def test_a_tensor_left_over_from_functorch_is_an_ordinary_one(kind: str) -> None:
+    p = convolution_or_linear(kind, torch.float32)
+    left = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(p.x)
+    for a, b in zip(forward_and_gradients(p, "cpu", left[0]), forward_and_gradients(p, "cpu"), strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- torch.compile ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsekern.nn import SparseConv2d, SparseLayer, SparseLinear, ddp_ignore_
 from sparsekern.pattern import BlockPattern
@@ -289,6 +290,27 @@ def test_forward_mode_is_refused(grad):
     layer = linear()
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError):
         torch.func.jvp(layer, (torch.randn(2, 10),), (torch.ones(2, 10),))
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+@pytest.mark.parametrize("make", [linear, conv])
+def test_a_bias_that_is_no_parameter_of_the_layer_any_more(make):
+    layer, x = make(), torch.randn((10,) if make is linear else (4, 8, 8))
+    expected, bias = layer(x), layer.bias.detach().clone()
+    shape = (-1,) if make is linear else (-1, 1, 1)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    assert "bias" not in layer._parameters
+    torch.testing.assert_close(layer(x), expected + bias.view(shape))
+    pruned = make()
+    pruned.load_state_dict({**pruned.state_dict(), "bias": bias})
+    prune.custom_from_mask(pruned, "bias", torch.zeros_like(bias))
+    y = pruned(x)
+    prune.remove(pruned, "bias")
+    assert torch.equal(pruned(x), y)
 
 
 def test_load_state_dict_takes_int64_and_other_dtypes():

@@ -333,6 +333,15 @@ def test_kernels_refuse_what_does_not_belong_together() -> None:
             kernel("bsr_linear")(*args)
 
 
+@pytest.mark.parametrize("size", [(1, 9), (9, 1), (0, 9)], ids=str)
+def test_kernels_refuse_images_smaller_than_the_kernel(size: tuple[int, int]) -> None:
+    """With strides, rounding towards zero would find one pixel in a size below zero."""
+    geometry = Geometry(2, 4, (3, 3), (9, 9), stride=(4, 4))
+    p = make_problem("small", geometry.shape, (2, 2), "full", (2,), geometry=geometry)
+    with pytest.raises(RuntimeError, match="input is too small"):
+        run("bsr_conv2d", dataclasses.replace(p, x=p.x.new_ones(2, 2, *size)))
+
+
 def test_wgrad_kernels_refuse_different_batches() -> None:
     p = make_problem("batch", (6, 8), (2, 2), "full", (4,))
     grad, *rest = p.args("bsr_linear_wgrad")

@@ -1,0 +1,79 @@
+"""``python -m bench.overhead``: what a call costs besides arithmetic, on layers too small for arithmetic to matter.
+
+Microseconds per call of op, function and layer against dense torch, all weights kept, interleaved, on one thread; and
+page faults, where outputs are 1 MiB: over malloc's first threshold for memory of its own.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sparsekern import BlockPattern, functional
+from sparsekern.nn import SparseConv2d, SparseLinear
+from sparsekern.timing import interleaved, speedup
+
+Call = Callable[[], object]
+no_grad = torch.no_grad()
+
+
+def calls(dense: nn.Linear | nn.Conv2d, x: Tensor) -> dict[str, tuple[Call, Call]]:
+    """{what: (dense, sparse)}"""
+    rows, columns = dense.weight.shape[0], dense.weight[0].numel()
+    p = BlockPattern.from_mask(torch.ones(rows // 4, columns // 4, dtype=torch.bool), (4, 4))
+    if isinstance(dense, nn.Conv2d):
+        kernel, *more = conv = (dense.kernel_size, dense.stride, dense.padding, dense.dilation, dense.groups)
+        layer: SparseLinear | SparseConv2d = SparseConv2d.from_dense(dense, p)
+        plans, op = functional.prepare(p, (*kernel, dense.groups)), torch.ops.sparsekern.bsr_conv2d.default
+        rest = (*plans[:3], rows, *conv, False)
+        theirs = lambda w, b: F.conv2d(x, w, b, *more)  # noqa: E731
+        ours = lambda v, b: functional.bsr_conv2d(x, v, p, b, *more, kernel_size=kernel)  # noqa: E731
+    else:
+        layer = SparseLinear.from_dense(dense, p)
+        op, rest = torch.ops.sparsekern.bsr_linear.default, (*functional.prepare(p)[:3], rows)
+        theirs, ours = partial(F.linear, x), lambda v, b: functional.bsr_linear(x, v, p, b)
+    w, v, b, grad = dense.weight.data, layer.values.data, dense.bias.data, torch.randn_like(dense(x))
+    xg = x.clone().requires_grad_()
+    return {
+        "op": (no_grad(lambda: theirs(w, b)), no_grad(lambda: op(x, v, b, *rest))),
+        "function, no grad": (no_grad(lambda: theirs(w, b)), no_grad(lambda: ours(v, b))),
+        "layer, no grad": (no_grad(lambda: dense(x)), no_grad(lambda: layer(x))),
+        "function": (lambda: theirs(dense.weight, dense.bias), lambda: ours(layer.values, layer.bias)),
+        "layer": (lambda: dense(x), lambda: layer(x)),
+        "first layer, forward + backward": (lambda: dense(x).backward(grad), lambda: layer(x).backward(grad)),
+        "layer, forward + backward": (lambda: dense(xg).backward(grad), lambda: layer(xg).backward(grad)),
+    }
+
+
+def faults(call: Call, repeats: int = 100) -> float:
+    """Pages that the system had to hand out, per call."""
+    call()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(repeats):
+        call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / repeats
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    table = Table("layer", "call", "dense us", "sparse us", "dense / sparse", "page faults", title="per call, 1 thread")
+    layers = {"linear": (nn.Linear(8, 8), (8, 8)), "conv2d": (nn.Conv2d(4, 4, 3, padding=1), (1, 4, 4, 4))}
+    layers["1 MiB"] = (nn.Linear(8, 512), (512, 8))
+    for name, (module, shape) in layers.items():
+        for what, (dense, sparse) in calls(module, torch.randn(shape)).items():
+            t = interleaved({"dense": dense, "sparse": sparse}, limit_seconds=3)
+            times = [f"{timing.median * 1e6:.1f}" for timing in t.values()]
+            ratio, pages = speedup(t["dense"], t["sparse"])["p50"], f"{faults(dense):.0f}, {faults(sparse):.0f}"
+            table.add_row(name, what, *times, f"{ratio:.2f}", pages)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
