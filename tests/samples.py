@@ -94,6 +94,9 @@ GEOMETRIES = {
     "row": Geometry(4, 5, (1, 3), (1, 40), padding=(0, 1)),
     "column": Geometry(4, 5, (3, 1), (40, 1), padding=(1, 0)),
     "large": Geometry(4, 8, (3, 3), (33, 31), padding=(1, 1)),
+    "large-strided": Geometry(5, 8, (3, 3), (19, 21), stride=(2, 2), padding=(1, 1)),
+    "large-mixed": Geometry(6, 9, (3, 2), (12, 40), stride=(1, 3), padding=(2, 1), dilation=(1, 2), groups=3),
+    "large-tall": Geometry(20, 6, (3, 3), (90, 40), padding=(1, 2)),
 }
 
 

@@ -1,15 +1,14 @@
-// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] for convolutions with stride 1: as panel_product.inl, from
-// planes that all tiles of a band of rows share.
+// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] for convolutions: as panel_product.inl, from planes that
+// all tiles of a band of rows share.
 //
-//   grid (width 8, kernel 3x3)        planes: for each column of taps j and channel c, the rows of X that the band
-//   reads,
-//   |. . . . . . . .|                 shifted by the tap and as wide as the grid:
+//   grid (width 8, kernel 3x3)        planes: for each column of taps j and channel c, the rows of X that a band
+//   |. . . . . . . .|                 reads, shifted by the tap and as wide as the grid:
 //   |. T T T T T T T| <- a tile         j = 0  |0 x x x x x x x|   j = 1  |x x x x x x x x|   j = 2  |x x x x x x x 0|
 //   |T T T T T . . .|                          |0 x x x x x x x|          |x x x x x x x x|          |x x x x x x x 0|
 //                                              ...
 // Pixels that follow each other in the grid then follow each other in every plane, across rows too, so row k of X for a
 // tile is just a place in memory: plane (j, c), the tap's row, the tile's first pixel. X is copied once per column of
-// taps, not once per tap.
+// taps; with strides, once per tap.
 //
 // Who computes what: a task is a band of rows of an image; with few, tiles are shared out within a band. Order of
 // summation: as in panel_product.inl.
@@ -20,21 +19,22 @@ class PlaneRun {
   static bool fits(const Product<T>& p) {
     const Window& w = p.window;
     const int64_t area = w.grid[0] * w.grid[1];
-    return p.plan.kind != Plan::kNone && w.stride[0] == 1 && w.stride[1] == 1 && area >= kMinArea;
+    return p.plan.kind != Plan::kNone && area >= kMinArea;
   }
 
   explicit PlaneRun(const Product<T>& p) : p_(p), w_(p.window), chunks_(Chunks<T>::count(p.plan)) {
-    width_ = w_.grid[1], halo_ = (w_.kernel[0] - 1) * w_.dilation[0];
-    const int64_t row = w_.kernel[1] * p.in.channels * width_ * int64_t(sizeof(T));  // bytes of all planes per row
-    const int64_t most = std::clamp<int64_t>(kPlaneBytes / row - halo_, std::min<int64_t>(w_.grid[0], 2), w_.grid[0]);
+    width_ = w_.grid[1], strided_ = w_.stride[0] > 1 || w_.stride[1] > 1;
+    copies_ = strided_ ? w_.taps() : w_.kernel[1];
+    const int64_t reach = (w_.kernel[0] - 1) * w_.dilation[0], halo = strided_ ? 0 : reach;
+    const int64_t row = copies_ * p.in.channels * width_ * int64_t(sizeof(T));  // bytes of all planes per row
+    const int64_t most = std::clamp<int64_t>(kPlaneBytes / row - halo, std::min<int64_t>(w_.grid[0], 2), w_.grid[0]);
     bands_ = (w_.grid[0] + most - 1) / most;
-    rows_ = (w_.grid[0] + bands_ - 1) / bands_ + halo_;  // bands differ by one row at most
+    const int64_t rows = (w_.grid[0] + bands_ - 1) / bands_;  // bands differ by one row at most
     // An odd number of cache lines, so that neighbouring planes do not fall onto the same places of the cache.
     constexpr int64_t kLine = 64 / sizeof(T);
-    plane_ = ((rows_ * width_ + kLine - 1) / kLine | 1) * kLine;
-    plain_ = p.in.channels_last ? rows_ * p.in.width : 0;
-    size_ =
-        (1 + w_.kernel[1] * p.in.channels) * plane_ + 3 * L;  // a plane of zeros first; tiles may read past the last
+    plane_ = (((rows + halo) * width_ + kLine - 1) / kLine | 1) * kLine;
+    plain_ = p.in.channels_last ? ((rows - 1) * w_.stride[0] + reach + 1) * p.in.width : 0;
+    size_ = (1 + copies_ * p.in.channels) * plane_ + 3 * L;  // a plane of zeros first; tiles may read past the last
   }
 
   void run() {
@@ -55,10 +55,10 @@ class PlaneRun {
     for (band_ = 0; band_ < tasks; band_++) {
       if (plain_) transpose_band(band_, planes_ + size_);
       p_.parallel(
-          w_.kernel[1], size_ / w_.kernel[1],
-          [](void* self, int64_t j) {
+          copies_ * kSlices, size_ / (copies_ * kSlices),
+          [](void* self, int64_t i) {
             PlaneRun* run = static_cast<PlaneRun*>(self);
-            run->fill(run->band_, j, run->planes_ + run->size_, run->planes_);
+            run->fill(run->band_, i / kSlices, i % kSlices, run->planes_ + run->size_, run->planes_);
           },
           this);
       const int64_t parts = tiles(band_) * chunks_;
@@ -74,15 +74,16 @@ class PlaneRun {
 
  private:
   static constexpr int L = kLanes<T>;
-  static constexpr int64_t kMinArea = 64, kManyBands = 4, kPlaneBytes = 256 << 10;
+  static constexpr int64_t kMinArea = 64, kManyBands = 4, kPlaneBytes = 256 << 10, kSlices = 4;
 
   // Where row k of X begins, for the first pixel of a band.
   int64_t place(int64_t k) const {
     if (k == p_.plan.ks) return 0;
     int64_t tap = k / p_.in.channels;
     if (w_.flipped) tap = w_.taps() - 1 - tap;
-    const int64_t i = tap / w_.kernel[1], j = tap % w_.kernel[1];
-    return (1 + j * p_.in.channels + k % p_.in.channels) * plane_ + i * w_.dilation[0] * width_;
+    const int64_t i = tap / w_.kernel[1], copy = strided_ ? tap : tap % w_.kernel[1];
+    const int64_t row = strided_ ? 0 : i * w_.dilation[0] * width_;
+    return (1 + copy * p_.in.channels + k % p_.in.channels) * plane_ + row;
   }
 
   struct Band {
@@ -104,7 +105,8 @@ class PlaneRun {
     int64_t top, count, first, last;
   };
   Rows rows(const Band& b) const {
-    const int64_t top = b.begin - w_.padding[0], count = b.end - b.begin + halo_;
+    const int64_t top = b.begin * w_.stride[0] - w_.padding[0];
+    const int64_t count = (b.end - b.begin - 1) * w_.stride[0] + (w_.kernel[0] - 1) * w_.dilation[0] + 1;
     const int64_t first = std::clamp<int64_t>(-top, 0, count);
     return {top, count, first, std::clamp<int64_t>(p_.in.height - top, first, count)};
   }
@@ -125,31 +127,54 @@ class PlaneRun {
       for (int64_t i = at; i < n; i++) to[c * plain_ + i] = from[i * channels + c];
   }
 
-  // The planes of tap column j, with j = 0 the plane of zeros; `plain` is what transpose_band wrote.
-  void fill(int64_t task, int64_t j, const T* plain, T* planes) const {
+  // One of kSlices parts of the planes of a copy; with the first, the plane of zeros. `plain`: from transpose_band.
+  void fill(int64_t task, int64_t copy, int64_t slice, const T* plain, T* planes) const {
     const Band b = band(task);
     const Rows r = rows(b);
-    if (j == 0) std::fill_n(planes, plane_, T(0));
-    const int64_t shift = j * w_.dilation[1] - w_.padding[1];  // grid column x reads column x + shift
-    const int64_t low = std::clamp<int64_t>(-shift, 0, width_), high = std::clamp(p_.in.width - shift, low, width_);
+    if (copy == 0 && slice == 0) std::fill_n(planes, plane_, T(0));
+    const int64_t begin = slice * p_.in.channels / kSlices, end = (slice + 1) * p_.in.channels / kSlices;
     const int64_t plane = p_.in.channels_last ? plain_ : p_.in.height * p_.in.width;
-    const T* from = plain;
+    const T* from = plain;  // the first existing row
     if (!p_.in.channels_last) from = p_.x + b.image * p_.in.channels * plane + (r.first + r.top) * p_.in.width;
-    T* to = planes + (1 + j * p_.in.channels) * plane_;
-    for (int64_t c = 0; c < p_.in.channels; c++, from += plane, to += plane_) {
-      std::fill_n(to, r.first * width_, T(0));
-      std::fill(to + r.last * width_, to + r.count * width_, T(0));
-      if (width_ == p_.in.width && high > low && r.last > r.first) {
-        // All rows in one piece; what wraps around from row to row is cleared.
-        const int64_t begin = r.first * width_ + low, end = (r.last - 1) * width_ + high;
-        std::memcpy(to + begin, from + low + shift, size_t(end - begin) * sizeof(T));
-        for (int64_t y = r.first; y < r.last; y++) clear_ends(to + y * width_, low, high);
-      } else {
-        for (int64_t y = r.first; y < r.last; y++) {
-          std::copy_n(from + (y - r.first) * p_.in.width + low + shift, high - low, to + y * width_ + low);
-          clear_ends(to + y * width_, low, high);
-        }
+    from += begin * plane;
+    T* to = planes + (1 + copy * p_.in.channels + begin) * plane_;
+    for (int64_t c = begin; c < end; c++, from += plane, to += plane_)
+      strided_ ? fill_strided(b, r, copy, from, to) : fill_plane(r, copy, from, to);
+  }
+
+  // The rows of X, shifted to where tap column j reads: grid column x reads column x + shift.
+  SK_INLINE void fill_plane(const Rows& r, int64_t j, const T* from, T* to) const {
+    const int64_t shift = j * w_.dilation[1] - w_.padding[1];
+    const int64_t low = std::clamp<int64_t>(-shift, 0, width_), high = std::clamp(p_.in.width - shift, low, width_);
+    std::fill_n(to, r.first * width_, T(0));
+    std::fill(to + r.last * width_, to + r.count * width_, T(0));
+    if (width_ == p_.in.width && high > low && r.last > r.first) {
+      // All rows in one piece; what wraps around from row to row is cleared.
+      const int64_t begin = r.first * width_ + low, end = (r.last - 1) * width_ + high;
+      std::memcpy(to + begin, from + low + shift, size_t(end - begin) * sizeof(T));
+      for (int64_t y = r.first; y < r.last; y++) clear_ends(to + y * width_, low, high);
+    } else {
+      for (int64_t y = r.first; y < r.last; y++) {
+        std::copy_n(from + (y - r.first) * p_.in.width + low + shift, high - low, to + y * width_ + low);
+        clear_ends(to + y * width_, low, high);
       }
+    }
+  }
+
+  // What one tap reads.
+  SK_INLINE void fill_strided(const Band& b, const Rows& r, int64_t tap, const T* from, T* to) const {
+    const int64_t step = w_.stride[1], shift = tap % w_.kernel[1] * w_.dilation[1] - w_.padding[1];
+    const int64_t low = std::clamp<int64_t>((step - 1 - shift) / step, 0, width_);
+    const int64_t high = std::clamp((p_.in.width - shift + step - 1) / step, low, width_);
+    for (int64_t y = 0; y < b.end - b.begin; y++, to += width_) {
+      const int64_t row = y * w_.stride[0] + tap / w_.kernel[1] * w_.dilation[0];  // of the band's
+      if (row < r.first || row >= r.last) {
+        std::fill_n(to, width_, T(0));
+        continue;
+      }
+      const T* line = from + (row - r.first) * p_.in.width + shift;
+      for (int64_t x = low; x < high; x++) to[x] = line[x * step];
+      clear_ends(to, low, high);
     }
   }
 
@@ -179,7 +204,7 @@ class PlaneRun {
   void one_band(int64_t task) {
     T* planes = static_cast<T*>(p_.scratch(1, size_t(size_ + plain_ * p_.in.channels) * sizeof(T)));
     if (plain_) transpose_band(task, planes + size_);
-    for (int64_t j = 0; j < w_.kernel[1]; j++) fill(task, j, planes + size_, planes);
+    for (int64_t i = 0; i < copies_ * kSlices; i++) fill(task, i / kSlices, i % kSlices, planes + size_, planes);
     if (p_.plan.kind == Plan::kStrip && !p_.out.channels_last) return strips(task, planes);
     for (int64_t i = 0; i < tiles(task); i++)
       for (int64_t c = 0; c < chunks_; c++) compute(task, i, c, planes);
@@ -207,8 +232,9 @@ class PlaneRun {
   const Product<T>& p_;
   const Window& w_;
   const int64_t chunks_;
-  int64_t bands_, rows_;                         // bands of an image, rows of a plane
-  int64_t width_, halo_, plane_, plain_, size_;  // numbers
+  bool strided_;
+  int64_t bands_, copies_;                // bands of an image, planes of a channel
+  int64_t width_, plane_, plain_, size_;  // numbers
   bool together_ = false;
   int64_t band_ = 0;
   T* planes_ = nullptr;
