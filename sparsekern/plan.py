@@ -48,7 +48,7 @@ STRIP, SELL, NONE = 0, 1, 2
 STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
 SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
 WIDE_ROWS = 16
-SPAN = 256  # rows of packed X that stay in the first-level cache
+SPAN = 256  # rows of X that stay in the first-level cache; longer where rows of W are so empty that starting them rules
 # Of wgrad: X of so many rows stays in the second-level cache, for as many pixels as make a long sum; where weights come
 # in vectors of neighbours (of at least 8), which need no long sums, more rows are worth more.
 WGRAD_SPAN, WGRAD_SPAN_VECTORS = 256, 1024
@@ -213,7 +213,8 @@ def _sell_plan(weights: tuple[Ints, Ints, Ints], rows: int, ks: int, size: int, 
     row, k, index = weights
     segments = max(-(-rows // SEGMENT_ROWS), 1)
     bounds = np.arange(segments + 1) * rows // segments
-    spans = max(-(-ks // SPAN), 1)
+    density = len(index) / max(rows * ks, 1)
+    spans = max(-(-ks // (SPAN if density > 0.07 else SPAN * 3 // 2 if density > 0.03 else SPAN * 2)), 1)
     width = max(-(-ks // spans), 1)  # equal spans: a short last one would be all prologue
 
     order = np.lexsort((k, row, k // width))

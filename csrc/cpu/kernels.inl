@@ -5,6 +5,9 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "../bsr.h"
 #include "dispatch.h"

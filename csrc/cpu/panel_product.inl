@@ -304,11 +304,28 @@ class Chunks {
     const int64_t first = plan_.step_pointer[plan_.group_pointer[task]];
     const int64_t last = plan_.step_pointer[plan_.group_pointer[task + 1]];
     At* at = static_cast<Step*>(offsets_)->at;
-    for (int64_t i = 4 * first; i < 4 * last; i++) at[i] = At((table_[plan_.step_k[i]] - base) / Step::kUnit);
-    for (int64_t i = 4 * first; i < 4 * last; i++) {
+    int64_t i = 4 * first;
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4 && sizeof(At) == 2) {
+      for (; i + 8 <= 4 * last; i += 8) {  // half the time of one by one
+        const auto load8 = [&](const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)); };
+        const __m256i bytes = _mm256_i32gather_epi32(reinterpret_cast<const int*>(table_), load8(plan_.step_k), 4);
+        const __m256i units = _mm256_srli_epi32(_mm256_sub_epi32(bytes, _mm256_set1_epi32(int(base))), 3);
+        const __m128i low = _mm256_castsi256_si128(units), high = _mm256_extracti128_si256(units, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + i), _mm_packus_epi32(low, high));
+        const __m256i index = load8(plan_.step_value);
+        const __m256 real = _mm256_castsi256_ps(_mm256_cmpgt_epi32(index, _mm256_set1_epi32(-1)));
+        const float* from = reinterpret_cast<const float*>(p_.values);
+        const __m256 value = _mm256_mask_i32gather_ps(_mm256_setzero_ps(), from, index, real, 4);
+        _mm256_storeu_ps(reinterpret_cast<float*>(weights_) + i, value);
+      }
+    }
+#endif
+    for (; i < 4 * last; i++) {
       const int32_t index = plan_.step_value[i], padding = index >> 31;  // all ones for -1
       const T value = p_.values[index & ~padding];                       // a load without a branch
       weights_[i] = padding ? T(0) : value;
+      at[i] = At((table_[plan_.step_k[i]] - base) / Step::kUnit);
     }
   }
 
