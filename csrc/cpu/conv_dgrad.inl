@@ -45,7 +45,7 @@ class ConvDgradRun {
       gather(p_.x, p_.in, grid, pixel, count, vectors * L, kRow<T>, 0, p_.in.channels, panel);
       std::fill_n(panel + plan_.ks * kRow<T>, vectors * L, T(0));  // what SELL's padding reads
       for (int64_t c = 0; c < chunks_; c++) {
-        const auto rows = product_->compute(panel, vectors, c, y);
+        const auto rows = product_->compute(panel, vectors, c, y, kRow<T>);
         scatter_add(y, rows.first, rows.count, pixel, count, kRow<T>, p_.out, p_.window, p_.y, p_.y + end * size);
       }
     }

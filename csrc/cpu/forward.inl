@@ -58,7 +58,7 @@ class ForwardRun {
   void compute(int64_t tile, int64_t chunk, const T* panel) {
     alignas(64) T y[Chunks<T>::kMaxRows * kRow<T>];
     const int64_t first = vector_of(tile) * L, vectors = vector_of(tile + 1) - vector_of(tile);
-    const auto rows = product_->compute(panel, vectors, chunk, y);
+    const auto rows = product_->compute(panel, vectors, chunk, y, kRow<T>);
     scatter(y, rows.first, rows.count, first, std::min(vectors * L, pixels_ - first), kRow<T>, p_.out, p_.y);
   }
 

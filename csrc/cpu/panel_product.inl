@@ -111,7 +111,8 @@ SK_INLINE void sell_row(Vec<T>* acc, Vec<T> w, const T* x) {
 
 // One group: 4 rows, `steps` steps, added to what the spans before have summed up in y.
 template <class T, int NV, class Step>
-SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t steps, const int32_t* rows, T* y) {
+SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t steps, const int32_t* rows, T* y,
+                           int64_t y_stride) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[4][NV];
 #pragma GCC unroll 4
@@ -130,7 +131,7 @@ SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t ste
   }
 #pragma GCC unroll 4
   for (int r = 0; r < 4; r++) {
-    T* to = y + rows[r] * kRow<T>;
+    T* to = y + rows[r] * y_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) store(to + v * L, load(to + v * L) + acc[r][v]);
   }
@@ -138,19 +139,19 @@ SK_INLINE void sell_kernel(const T* x, const Step* step, const T* w, int64_t ste
 
 template <class T, int NV, class Step>
 void sell_segment(const Plan& plan, const Step* steps, const T* weights, const T* bias, const T* x, int64_t span_step,
-                  int64_t segment, T* y) {
+                  int64_t segment, T* y, int64_t y_stride) {
   constexpr int L = kLanes<T>;
   const int64_t base = plan.bounds[segment], rows = plan.bounds[segment + 1] - base;
   for (int64_t r = 0; r <= rows; r++) {  // one row more, which takes the padding
     const Vec<T> b = bias && r < rows ? splat(bias[base + r]) : Vec<T>{};
-    for (int v = 0; v < NV; v++) store(y + r * kRow<T> + v * L, b);
+    for (int v = 0; v < NV; v++) store(y + r * y_stride + v * L, b);
   }
   for (int64_t span = 0; span < plan.spans; span++) {
     const int32_t* groups = plan.group_pointer + segment * plan.spans + span;
     for (int64_t g = groups[0]; g < groups[1]; g++) {
       const int64_t at = plan.step_pointer[g];
       sell_kernel<T, NV, Step>(x + span * span_step, steps + at, weights + 4 * at, plan.step_pointer[g + 1] - at,
-                               plan.group_rows + 4 * g, y);
+                               plan.group_rows + 4 * g, y, y_stride);
     }
   }
 }
@@ -227,16 +228,16 @@ class Chunks {
     kernel(plan_, static_cast<const uint32_t*>(offsets_), weights_, p_.bias, panel, s, y, y_stride);
   }
 
-  // Rows of one chunk times `vectors` of X, from `panel` on, written to y [kMaxRows][kRow].
-  Rows compute(const T* panel, int64_t vectors, int64_t chunk, T* y) const {
+  // Rows of one chunk times `vectors` of X, from `panel` on, written to kMaxRows rows of y.
+  Rows compute(const T* panel, int64_t vectors, int64_t chunk, T* y, int64_t y_stride) const {
     if (plan_.kind == Plan::kStrip) {
       const int64_t begin = strip_of(chunk), first = plan_.first_row[begin];
       for (int64_t s = begin; s < strip_of(chunk + 1); s++)
-        compute_strip(panel, vectors, s, y + (plan_.first_row[s] - first) * kRow<T>, kRow<T>);
+        compute_strip(panel, vectors, s, y + (plan_.first_row[s] - first) * y_stride, y_stride);
     } else if (near_) {
-      segment<NearStep>(panel, vectors, chunk, y);
+      segment<NearStep>(panel, vectors, chunk, y, y_stride);
     } else {
-      segment<FarStep>(panel, vectors, chunk, y);
+      segment<FarStep>(panel, vectors, chunk, y, y_stride);
     }
     return rows(chunk);
   }
@@ -254,11 +255,11 @@ class Chunks {
   int64_t strip_of(int64_t chunk) const { return chunk * plan_.strips / count(plan_); }
 
   template <class Step>
-  void segment(const T* panel, int64_t vectors, int64_t chunk, T* y) const {
+  void segment(const T* panel, int64_t vectors, int64_t chunk, T* y, int64_t y_stride) const {
     auto* kernel = vectors == 3   ? sell_segment<T, 3, Step>
                    : vectors == 2 ? sell_segment<T, 2, Step>
                                   : sell_segment<T, 1, Step>;
-    kernel(plan_, static_cast<const Step*>(offsets_), weights_, p_.bias, panel, span_step_, chunk, y);
+    kernel(plan_, static_cast<const Step*>(offsets_), weights_, p_.bias, panel, span_step_, chunk, y, y_stride);
   }
 
   void fill_some(int64_t task) {
@@ -308,7 +309,9 @@ class Chunks {
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 4 && sizeof(At) == 2) {
       for (; i + 8 <= 4 * last; i += 8) {  // half the time of one by one
-        const auto load8 = [&](const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)); };
+        const auto load8 = [&](const int32_t* p) {
+          return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+        };
         const __m256i bytes = _mm256_i32gather_epi32(reinterpret_cast<const int*>(table_), load8(plan_.step_k), 4);
         const __m256i units = _mm256_srli_epi32(_mm256_sub_epi32(bytes, _mm256_set1_epi32(int(base))), 3);
         const __m128i low = _mm256_castsi256_si128(units), high = _mm256_extracti128_si256(units, 1);

@@ -197,17 +197,30 @@ class PlaneRun {
   void compute(int64_t task, int64_t i, int64_t chunk, const T* planes) const {
     alignas(64) T y[Chunks<T>::kMaxRows * kRow<T>];
     const Tile t = tile(task, i);
-    const auto rows = product_->compute(planes + t.begin * L, t.vectors, chunk, y);
+    const auto rows = product_->compute(planes + t.begin * L, t.vectors, chunk, y, kRow<T>);
     scatter(y, rows.first, rows.count, t.first, t.pixels, kRow<T>, p_.out, p_.y);
   }
 
   void one_band(int64_t task) {
-    T* planes = static_cast<T*>(p_.scratch(1, size_t(size_ + plain_ * p_.in.channels) * sizeof(T)));
+    const bool direct = p_.plan.kind == Plan::kStrip && !p_.out.channels_last;
+    // Rows of Y for the whole band, in an odd number of cache lines as the planes: whole rows are written in the end.
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t row = direct ? 0 : (vectors(task) * L / kLine | 1) * kLine + kLine, plain = plain_ * p_.in.channels;
+    T* planes = static_cast<T*>(p_.scratch(1, size_t(size_ + plain + Chunks<T>::kMaxRows * row + kLine) * sizeof(T)));
     if (plain_) transpose_band(task, planes + size_);
     for (int64_t i = 0; i < copies_ * kSlices; i++) fill(task, i / kSlices, i % kSlices, planes + size_, planes);
-    if (p_.plan.kind == Plan::kStrip && !p_.out.channels_last) return strips(task, planes);
-    for (int64_t i = 0; i < tiles(task); i++)
-      for (int64_t c = 0; c < chunks_; c++) compute(task, i, c, planes);
+    if (direct) return strips(task, planes);
+    T* y = planes + (size_ + plain + kLine - 1) / kLine * kLine;
+    for (int64_t c = 0; c < chunks_; c++) {
+      for (int64_t i = 0; i < tiles(task); i++) {
+        const Tile t = tile(task, i);
+        product_->compute(planes + t.begin * L, t.vectors, c, y + t.begin * L, row);
+      }
+      const Band b = band(task);
+      const auto rows = product_->rows(c);
+      scatter(y, rows.first, rows.count, (b.image * w_.grid[0] + b.begin) * width_, (b.end - b.begin) * width_, row,
+              p_.out, p_.y);
+    }
   }
 
   // Strip by strip along the band, straight into the planes of Y.
