@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all lint format build bench clean
 
@@ -46,9 +46,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 test: build lint
 	$(PYTEST) -n 2
 
-test-all: build lint
+test-all: build lint tools
 	$(PYTEST) -n 2 -m "slow or not slow"
 	$(MAKE) test-sanitized
+
+# What tests of other compilers and processors need; where they cannot be had, those tests say that they are skipped.
+.PHONY: tools
+tools:
+	@{ command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && export DEBIAN_FRONTEND=noninteractive && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+		clang g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user; } || true
 
 lint: build/installed
 	$(BIN)/ruff check --quiet .

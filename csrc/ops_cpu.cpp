@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "bsr.h"
+#include "cpu/dispatch.h"
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
@@ -291,15 +292,34 @@ Gradients bsr_conv2d_wgrad(const Tensor& grad_output, const Tensor& input, const
   return wgrad(plan, col_indices.numel(), blocksize, bias, gc, xc, in, out, w);
 }
 
+// The set in use.
 std::string cpu_isa() { return sk::kernels().name; }
+
+// Those compiled in, the best first: names, whether this CPU has them, whether they are chosen automatically.
+std::tuple<std::vector<std::string>, Ints, Ints> cpu_isas() {
+  std::tuple<std::vector<std::string>, Ints, Ints> to;
+  for (const sk::InstructionSet* set = sk::instruction_sets(); set->name; set++) {
+    std::get<0>(to).push_back(set->name);
+    std::get<1>(to).push_back(set->supported());
+    std::get<2>(to).push_back(set->automatic);
+  }
+  return to;
+}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern, m) {
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> (str[], int[], int[])");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekern, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  if (!sk::has_kernels()) return;
   m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
   m.impl("bsr_linear_dgrad", TORCH_BOX(&bsr_linear_dgrad));
   m.impl("bsr_linear_wgrad", TORCH_BOX(&bsr_linear_wgrad));

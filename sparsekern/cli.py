@@ -130,7 +130,9 @@ def _info(options: argparse.Namespace, console: Console) -> int:
         console.print_json(data=facts)
     else:
         for key, value in facts.items():
-            console.print(f"{key}: {value}", highlight=False, markup=False)
+            # One line for each fact about the processor.
+            lines = [f"{key} {name}: {fact}" for name, fact in value.items()] if key == "cpu" else [f"{key}: {value}"]
+            console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

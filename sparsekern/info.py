@@ -20,11 +20,16 @@ def collect() -> dict[str, Any]:
     Returns:
         - ``sparsekern``, ``torch``, ``numpy``, ``python``, ``platform``: versions
         - ``cpu``: ``model``; ``cores`` that this process may use; ``features`` {name: bool} of the processor and
-          ``compiler``, both None where the module ``sparsekern._native`` is not built; ``isa``, the instruction set the
-          kernels were chosen for, None without kernels
+          ``compiler``, both None where the module ``sparsekern._native`` is not built; ``isa``, the instruction set of
+          the kernels in use, None without kernels; ``isa_chosen``, ``"automatically"``, ``"by SPARSEKERN_CPU_ISA"`` or
+          the reason why there is none; ``isas``, of the sets that are compiled in, the best first: {name:
+          ``"supported"``, ``"supported, only by SPARSEKERN_CPU_ISA"`` or ``"not supported by this CPU"``}
         - ``threads``: how many torch uses
         - ``ops``: {op: "cpu", or the reason why plain torch answers}
         - ``gpu``: name and compute capability of each device, or the reason why there is none
+
+    Raises:
+        ValueError: the environment variable ``SPARSEKERN_CPU_ISA`` names no instruction set that this CPU has.
     """
     native = _native()
     return {
@@ -38,12 +43,30 @@ def collect() -> dict[str, Any]:
             "cores": usable_cores(),
             "features": native.cpu_features() if native else None,
             "compiler": native.compiler() if native else None,
-            "isa": None if ops.CPU_KERNELS_MISSING else torch.ops.sparsekern.cpu_isa(),
+            **_instruction_sets(),
         },
         "threads": torch.get_num_threads(),
         "ops": {name: _op_backend(name) for name in ops.SCHEMAS},
         "gpu": _gpu(),
     }
+
+
+def _instruction_sets() -> dict[str, Any]:
+    if ops.CPU_KERNELS_MISSING:
+        return {"isa": None, "isa_chosen": None, "isas": {}}
+    asked = bool(os.environ.get("SPARSEKERN_CPU_ISA"))
+    try:
+        isa, chosen = torch.ops.sparsekern.cpu_isa(), "by SPARSEKERN_CPU_ISA" if asked else "automatically"
+    except RuntimeError as error:
+        if asked:
+            raise ValueError(str(error)) from None
+        isa, chosen = None, str(error)
+    states = {}
+    for name, supported, automatic in zip(*torch.ops.sparsekern.cpu_isas(), strict=True):
+        states[name] = "supported" if supported else "not supported by this CPU"
+        if supported and not automatic:
+            states[name] += ", only by SPARSEKERN_CPU_ISA"
+    return {"isa": isa, "isa_chosen": chosen, "isas": states}
 
 
 def cpu_model() -> str:
@@ -76,7 +99,7 @@ def _op_backend(name: str) -> str:
     if ops.CPU_KERNELS_MISSING:
         return f"reference: {ops.CPU_KERNELS_MISSING}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{name}", "CPU"):
-        return "reference: the compiled library has no kernel for it"
+        return "reference: no instruction set is in use (isa_chosen says why)"
     return "cpu"
 
 

@@ -45,11 +45,16 @@ SK_INLINE Mask<T> mask_between(int64_t low, int64_t high) {
   return from(ones.bit + L - low) & from(ones.bit + 2 * L - high);
 }
 
+// Whether a vector is a register. Vectors of 64 bytes without AVX-512 are not; tests run the source that way.
+#if defined(__x86_64__) && (SK_VECTOR_BYTES < 64 || defined(__AVX512F__))
+#define SK_X86_REGISTERS
+#endif
+
 // What the compiler knows of a vector ends here.
 template <class V>
-SK_INLINE void opaque(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+x"(v));
+SK_INLINE void opaque([[maybe_unused]] V& v) {
+#if defined(SK_X86_REGISTERS)
+  asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
@@ -67,7 +72,7 @@ SK_INLINE Vec<T> load_once(const T* p) {
 // acc + a * b in one instruction, and nothing else: left to itself, g++ turns a load shared by four of them into four.
 template <class T>
 SK_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) {
-#if defined(__FMA__)
+#if defined(__FMA__) && defined(SK_X86_REGISTERS)
   if constexpr (sizeof(T) == 4)
     asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
   else
@@ -82,7 +87,7 @@ SK_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) {
 // instruction.
 template <class T>
 SK_INLINE Vec<T> fma_from(Vec<T> acc, Vec<T> a, const T* p) {
-#if defined(__FMA__)
+#if defined(__FMA__) && defined(SK_X86_REGISTERS)
   const auto& b = *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
   if constexpr (sizeof(T) == 4)
     asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "m"(b));
@@ -104,42 +109,59 @@ SK_INLINE Vec<T> splat(T s) {
   return splat_lanes<Vec<T>>(s, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// Four neighbouring numbers, each to be splat in turn: one load and, where a shuffle within 16 bytes does it, no more.
-template <class T>
-struct Four {
-  const T* p;
-  explicit SK_INLINE Four(const T* from) : p(from) {}
-  template <int R>
-  SK_INLINE Vec<T> get() const {
-    return splat(p[R]);
-  }
-};
+// Lanes I... of a and, counted on from there, b.
+template <int... I, class V>
+SK_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Lane = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Lane Lanes __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Lanes{I...});
+#endif
+}
 
 template <class V, class Q, int... J>
 SK_INLINE V repeat_of(Q q, std::integer_sequence<int, J...>) {
-  return __builtin_shufflevector(q, q, (J & 3)...);
-}
-template <int R, class V, int... J>
-SK_INLINE V one_of_four(V v, std::integer_sequence<int, J...>) {
-  return __builtin_shufflevector(v, v, ((J & ~3) + R)...);
+  return V{q[J & (16 / int(sizeof(q[0])) - 1)]...};
 }
 
-template <>
-struct Four<float> {
-  typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-  Vec<float> v;
-  explicit SK_INLINE Four(const float* p) {
-    const Quad& quad = *reinterpret_cast<const Quad*>(p);
-#if defined(__AVX2__) && SK_VECTOR_BYTES == 32
-    asm("vbroadcastf128 %1, %0" : "=x"(v) : "m"(quad));  // g++ makes a load and a permutation of it
+// The 16 bytes at p in every 16 bytes of a vector. One instruction on x86, which g++ does not find by itself.
+template <class T>
+SK_INLINE Vec<T> load_repeated(const T* p) {
+  typedef T Quad __attribute__((vector_size(16), aligned(alignof(T)), may_alias));
+  const Quad& quad = *reinterpret_cast<const Quad*>(p);
+  Vec<T> v;
+#if defined(SK_X86_REGISTERS) && SK_VECTOR_BYTES == 64
+  asm("vbroadcastf32x4 %1, %0" : "=v"(v) : "m"(quad));
+#elif defined(SK_X86_REGISTERS) && SK_VECTOR_BYTES == 32
+  asm("vbroadcastf128 %1, %0" : "=x"(v) : "m"(quad));
 #else
-    v = repeat_of<Vec<float>>(Quad(quad), std::make_integer_sequence<int, kLanes<float>>{});
-    opaque(v);  // or the compiler would make four loads of it again
+  v = repeat_of<Vec<T>>(quad, std::make_integer_sequence<int, kLanes<T>>{});
+  opaque(v);  // or the compiler would make four loads of it again
 #endif
+  return v;
+}
+
+// Lane R of every 16 bytes in all lanes of those 16 bytes.
+template <int R, class V, int... J>
+SK_INLINE V splat_within(V v, std::integer_sequence<int, J...>) {
+  constexpr int n = 16 / int(sizeof(v[0]));
+  return shuffle<(J / n * n + R)...>(v, v);
+}
+
+// Four neighbouring numbers, each to be splat in turn: a load for every 16 bytes of them, and a shuffle each.
+template <class T>
+struct Four {
+  static constexpr int N = 16 / sizeof(T);
+  Vec<T> v[4 / N];
+  explicit SK_INLINE Four(const T* p) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 4 / N; i++) v[i] = load_repeated(p + i * N);
   }
   template <int R>
-  SK_INLINE Vec<float> get() const {
-    return one_of_four<R>(v, std::make_integer_sequence<int, kLanes<float>>{});
+  SK_INLINE Vec<T> get() const {
+    return splat_within<R % N>(v[R / N], std::make_integer_sequence<int, kLanes<T>>{});
   }
 };
 
@@ -148,7 +170,7 @@ struct Four<float> {
 template <int H, bool High, class V, int... J>
 SK_INLINE V halves_of(V a, V b, std::integer_sequence<int, J...>) {
   constexpr int n = sizeof...(J);
-  return __builtin_shufflevector(a, b, ((J & H ? n : 0) + (J & ~(2 * H - 1)) + (J & (H - 1)) + (High ? H : 0))...);
+  return shuffle<((J & H ? n : 0) + (J & ~(2 * H - 1)) + (J & (H - 1)) + (High ? H : 0))...>(a, b);
 }
 template <int H, bool High, class T>
 SK_INLINE Vec<T> halves(Vec<T> a, Vec<T> b) {
@@ -159,7 +181,7 @@ SK_INLINE Vec<T> halves(Vec<T> a, Vec<T> b) {
 template <bool High, class V, int... J>
 SK_INLINE V zip_of(V a, V b, std::integer_sequence<int, J...>) {
   constexpr int n = sizeof...(J);
-  return __builtin_shufflevector(a, b, ((J & 1 ? n : 0) + (J & ~3) + (J >> 1 & 1) + (High ? 2 : 0))...);
+  return shuffle<((J & 1 ? n : 0) + (J & ~3) + (J >> 1 & 1) + (High ? 2 : 0))...>(a, b);
 }
 template <bool High, class T>
 SK_INLINE Vec<T> zip(Vec<T> a, Vec<T> b) {

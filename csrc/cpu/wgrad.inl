@@ -15,6 +15,7 @@
 // Limits: a strip of one row (blocks one row high) loads X once per FMA.
 
 // Adds (or, at the first piece, writes) the sums of R rows times n <= N entries.
+// Codegen: R * N FMAs, R + N loads, no spill.
 template <class T, int R, int N>
 SK_INLINE void dot_kernel(const T* grad, const T* x, int64_t lanes, const int32_t* entry, int n, int64_t row_stride,
                           bool first, T* values) {
@@ -82,6 +83,7 @@ struct Pair {
 };
 
 // Adds (or writes) the sums of R rows times N vectors of neighbouring weights.
+// Codegen: R * N FMAs, R + N loads, no spill.
 template <class T, int R, int N>
 SK_INLINE void outer_kernel(const T* const* grad, const T* const* x, const Pair* pair, int64_t n, bool first,
                             int64_t row_stride, T* const* values) {
@@ -97,14 +99,27 @@ SK_INLINE void outer_kernel(const T* const* grad, const T* const* x, const Pair*
     for (int j = 0; j < N; j++) acc[r][j] = Vec<T>{};
   for (const Pair* end = pair + n; pair != end; pair++) {
     const int64_t at = pair->x, g = pair->grad;
-    Vec<T> xv[N];
+    // The shorter side stays in registers, as in dot_kernel.
+    if constexpr (R >= N) {
+      Vec<T> xv[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) xv[j] = load_once(xs[j] + at);
+      for (int j = 0; j < N; j++) xv[j] = load_once(xs[j] + at);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const Vec<T> b = splat(gs[r][g]);
+      for (int r = 0; r < R; r++) {
+        const Vec<T> b = splat(gs[r][g]);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; j++) acc[r][j] = fma<T>(acc[r][j], b, xv[j]);
+        for (int j = 0; j < N; j++) acc[r][j] = fma<T>(acc[r][j], b, xv[j]);
+      }
+    } else {
+      Vec<T> b[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) b[r] = splat(gs[r][g]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) {
+        const Vec<T> xv = load_once(xs[j] + at);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) acc[r][j] = fma<T>(acc[r][j], b[r], xv);
+      }
     }
   }
 #pragma GCC unroll 8

@@ -13,6 +13,7 @@
 // summation: an output sums its entries in the order of the plan, in pieces of 256 that are added up.
 
 // Adds n entries to the sums. The weights of an entry are the next kWideRows of a stream or, if Direct, where it says.
+// Codegen: NP * NV FMAs, NP + NV loads, no spill.
 template <class T, int NP, int NV, bool Direct>
 SK_INLINE void wide_kernel(const T* const* x, const int32_t* entry, int64_t n, const T* w, Vec<T> (&acc)[NP][NV]) {
   constexpr int L = kLanes<T>;
