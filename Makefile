@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format build bench clean
+.PHONY: demo test test-all lint format build bench bench-regression clean
 
 # ---- set up and build ---------------------------------------------------------------------------------------------
 NEEDED := command -v $(CXX) >/dev/null && $(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'
@@ -82,8 +82,21 @@ test-sanitized: build/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized $(PYTEST) $(SANITIZED_TESTS)
 
-bench: build
+# ---- timings ------------------------------------------------------------------------------------------------------------
+# Other libraries to compare with. SparseProp is compiled by a script of its own, which looks for pip and python3 on PATH;
+# where it fails, the table names it as missing.
+build/peers: build/installed
+	$(PIP) --no-build-isolation --editable '.[bench]'
+	-PATH=$(CURDIR)/$(BIN):$$PATH $(PIP) --no-build-isolation --no-deps sparseprop
+	@touch $@
+
+bench: build build/peers
 	$(BIN)/python -m bench
+
+# Against the last run on this machine, if there is one: fails where a median is a quarter above it.
+bench-regression: build build/peers
+	$(PYTEST) bench/regression.py --benchmark-autosave --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+		$(if $(wildcard .benchmarks/*/*),--benchmark-compare --benchmark-compare-fail=median:25%)
 
 clean:
 	rm -rf build *.egg-info sparsekern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

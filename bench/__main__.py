@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparsekern import info
 
 from .cases import CASES
+from .ceilings import measure_ceilings
+from .cover import FULL, QUICK, on_cores, only
+from .networks import NETWORKS
+from .peers import versions
 from .run import count, machine, measure
-from .table import BUSY, FULL, QUICK, QUICK_CASES, Results
+from .table import BUSY, Results
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -24,30 +27,36 @@ FOLDER = Path(__file__).parent / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time sparse layers against dense torch.")
     parser.add_argument("--quick", action="store_true", help="a small part of the table, in under 2 minutes")
-    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
+    names = (*CASES, *NETWORKS)
+    parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--name", help="of the result files; by default the CPU model, threads and what was chosen")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files (%(default)s)")
     args = parser.parse_args(argv)
 
-    settings = QUICK if args.quick else FULL
-    usable = tuple(n for n in settings.threads if n <= info.usable_cores())
-    names = args.only or (QUICK_CASES if args.quick else tuple(CASES))
-    results = Results(replace(settings, threads=usable), [CASES[name] for name in names])
-    parts = [info.cpu_model(), f"{max(usable)}t", *(["quick"] if args.quick else []), *(args.only or [])]
+    cover = QUICK if args.quick else FULL
+    if args.only:
+        cover = only(cover, [name for name in args.only if name in CASES], [n for n in args.only if n in NETWORKS])
+    cover = on_cores(cover, info.usable_cores())
+    threads = sorted({n for part in cover.parts for n in part.threads} | set(cover.threads))
+    parts = [info.cpu_model(), f"{max(threads)}t", *(["quick"] if args.quick else []), *(args.only or [])]
     name = args.name or re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
     console = Console()
     here = machine()
+    results = Results(cover, measure_ceilings(threads), versions())
+    for peer, version in results.peers.items():
+        if version.startswith("missing"):
+            console.print(f"left out: {peer}, {version}", soft_wrap=True)
     # Written after every group, so that a run that is stopped leaves what it has, marked as incomplete.
     with Progress(
         BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
         console=console,
     ) as progress:  # fmt: skip
-        task = progress.add_task("", total=count(results))
+        task = progress.add_task("", total=count(cover))
         try:
             for i, description in enumerate(measure(results)):
                 progress.update(task, completed=i, description=description)
                 results.write(args.out, name, here)
-            progress.update(task, completed=count(results), description="done")
+            progress.update(task, completed=count(cover), description="done")
         except KeyboardInterrupt:
             console.print("interrupted: the figures so far are kept, marked as incomplete")
     results.write(args.out, name, here)

@@ -1,11 +1,11 @@
-"""Picture and tables of finished runs.
+"""Tables and pictures of finished runs.
 
     python -m bench.plot bench/results/X.csv [--runs demo/*] [--readme README.md]
 
-The picture is X.png: speed-up over dense torch against sparsity, one panel per layer, beside the ideal 1 / density.
-The table of layers goes to the terminal, or into a file between ``<!-- bench:begin -->`` and ``<!-- bench:end -->``;
-that of whole networks, from the folders that ``sparsekern train --compare-dense`` wrote, between
-``<!-- demo:begin -->`` and ``<!-- demo:end -->``.
+The pictures are X.png (speed-up over dense torch against sparsity, one panel per layer, beside the ideal 1 / density),
+X-roofline.png and X-break-even.png. The tables go to the terminal, or, with the pictures, into a file between
+``<!-- bench:begin -->`` and ``<!-- bench:end -->``; that of trained networks, from the folders that ``sparsekern train
+--compare-dense`` wrote, between ``<!-- demo:begin -->`` and ``<!-- demo:end -->``.
 """
 
 from __future__ import annotations
@@ -13,40 +13,30 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sparsekern.report import read_result
 
-from .cases import PRODUCTS
-from .run import OURS, SCIPY, TORCH
+from .compare import times
+from .cover import MAIN, PRODUCTS
+from .pictures import Row, break_even, roofline, speedups
+from .run import OURS
 from .table import BUSY
 
-PANELS = (
-    "lenet-300-100-fc1", "linear-256x1024x1024", "transformer-mlp-up",
-    "lenet-5-conv2", "conv3x3-64@32", "conv3x3-128@16",
-)  # fmt: skip
-# Okabe-Ito colours, told apart by the colour-blind too; with markers, one per blocksize in the order of the file.
-STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"))
-PEERS = {TORCH: "x", SCIPY: "+"}
 MOSTLY_QUIET = 0.05  # share of busy rows that a picture may have without saying so
-WORDS = {"layer": "forward + backward through the layer"}
-
-Row = dict[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Picture and table of a run.")
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Tables and pictures of a run.")
     parser.add_argument("csv", type=Path, help="written by python -m bench; the .json beside it is read too")
-    parser.add_argument("--product", choices=PRODUCTS, default="layer", help="in the picture (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="of the table (%(default)s)")
+    parser.add_argument("--product", choices=PRODUCTS, default="layer", help="in the pictures (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="in the pictures (%(default)s)")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="of the table of layers (%(default)s)")
     parser.add_argument(
         "--runs", type=Path, nargs="+", default=[], help="folders of sparsekern train, for a second table"
     )
@@ -54,97 +44,143 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     with args.csv.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["threads"]) == args.threads]
-    if not rows:
-        parser.error(f"{args.csv} has no figures for --threads {args.threads}")
-    title = _title(json.loads(args.csv.with_suffix(".json").read_text()), args.threads, rows)
-    at = [row for row in rows if row["implementation"] == OURS and float(row["sparsity"]) == args.sparsity]
-    if not at:
+        rows = list(csv.DictReader(file))
+    header = json.loads(args.csv.with_suffix(".json").read_text())
+    drawn = [row for row in rows if int(row["threads"]) == args.threads and row["product"] == args.product]
+    if not drawn:
+        parser.error(f"{args.csv} has no figures of {args.product} for --threads {args.threads}")
+    if not any(float(row["sparsity"]) == args.sparsity for row in rows):
         parser.error(f"{args.csv} has no figures for --sparsity {args.sparsity:g}")
-    texts = {"bench": f"At {args.sparsity:.4g} sparsity, {title}:\n\n{table(at)}"}
+    pictures = draw(args.csv, drawn, header, args.product, args.threads)
+    text = tables(rows, header, args.sparsity)
+    texts = {"bench": text}
+    if args.readme is not None:
+        texts["bench"] += "\n\n" + "\n\n".join(
+            f"![{name}]({Path(os.path.relpath(path, args.readme.parent)).as_posix()})"
+            for name, path in pictures.items()
+        )
     if args.runs:
-        texts["demo"] = network_table([read_result(folder) for folder in args.runs])
+        texts["demo"] = training_table([read_result(folder) for folder in args.runs])
     for name, text in texts.items():
         if args.readme is None:
             print(text)
         else:
             replace_marked(args.readme, name, text)
-    figure = draw([row for row in rows if row["product"] == args.product], args.product, title)
-    FigureCanvasAgg(figure)
-    figure.savefig(args.csv.with_suffix(".png"), dpi=130)
     return 0
 
 
-def draw(rows: Sequence[Row], product: str, title: str) -> Figure:
-    """Up to six panels; points are medians, bands reach from the 20 % to the 80 % quantile of the rounds."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    cases = ([case for case in PANELS if case in cases] or cases)[:6]
-    columns = 2 if len(cases) == 4 else min(3, len(cases))
-    lines = -(-len(cases) // columns)
-    figure = Figure(figsize=(1.2 + 3.6 * columns, 1.6 + 3.1 * lines), layout="constrained")
-    figure.suptitle(f"{WORDS.get(product, product)}: times faster than dense torch\n{title}", fontsize=10)
-    panels = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for ax, case in zip(panels, cases, strict=False):
-        _panel(ax, case, [row for row in rows if row["case"] == case])
-    for ax in panels[len(cases) :]:
-        ax.set_visible(False)
-    panels[0].set_ylim(min(0.5, *(0.8 * float(row["speedup_p20"]) for row in rows)))
-    by_label = {str(line.get_label()): line for ax in panels for line in ax.get_lines()}
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=4, frameon=False)
-    return figure
+def draw(path: Path, rows: Sequence[Row], header: dict[str, Any], product: str, threads: int) -> dict[str, Path]:
+    """Write the pictures beside ``path``: {what it shows: file}."""
+    title, ceilings = _title(header, threads, rows), header["ceilings"]
+    pictures = {
+        "Speed-up against sparsity": (speedups(rows, product, title), ""),
+        "Sparsity from which sparse is faster": (break_even(rows, product, title), "-break-even"),
+    }
+    if str(threads) in ceilings["gflops"]:
+        rates = {int(size): rate for size, rate in ceilings["gb_s"][str(threads)].items()}
+        figure = roofline(rows, product, title, ceilings["gflops"][str(threads)], rates)
+        pictures["Roofline"] = (figure, "-roofline")
+    files = {}
+    for name, (figure, suffix) in pictures.items():
+        FigureCanvasAgg(figure)
+        files[name] = path.with_name(f"{path.stem}{suffix}.png")
+        figure.savefig(files[name], dpi=110)
+    return files
 
 
-def _panel(ax: Axes, case: str, rows: Sequence[Row]) -> None:
-    names = sorted(dict.fromkeys((row["implementation"], row["blocksize"]) for row in rows), key=lambda n: n[0] != OURS)
-    blocks = list(dict.fromkeys(row["blocksize"] for row in rows))
-    for name, blocksize in names:
-        chosen = [row for row in rows if (row["implementation"], row["blocksize"]) == (name, blocksize)]
-        # By what was really kept, so that the ideal is one straight line for all blocksizes.
-        kept = [float(row["ideal"]) for row in chosen]
-        low, middle, high = ([float(row[f"speedup_{p}"]) for row in chosen] for p in ("p20", "p50", "p80"))
-        if name == OURS:
-            colour, marker = STYLES[blocks.index(blocksize) % len(STYLES)]
-            ax.plot(kept, middle, color=colour, marker=marker, markersize=4, linewidth=1.3, label=f"blocks {blocksize}")
-            ax.fill_between(kept, low, high, color=colour, alpha=0.15, linewidth=0)
-        else:
-            ax.plot(kept, middle, color="grey", linestyle=":", marker=PEERS[name], label=f"{name} {blocksize}")
-    ends = [min(float(row["ideal"]) for row in rows), max(float(row["ideal"]) for row in rows)]
-    ax.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="ideal (1 / density)", zorder=1)
-    ax.axhline(1, color="black", linewidth=1, label="dense torch", zorder=1)
-    ax.set(title=case, xscale="log", yscale="log", xlabel="sparsity (weights removed)", ylabel="speed-up")
-    ax.label_outer()
-    sparsities = sorted({float(row["sparsity"]) for row in rows})
-    ax.set_xticks([1 / (1 - s) for s in sparsities], [f"{s:.0%}" for s in sparsities])
-    ax.set_yticks([0.25, 0.5, 1, 2, 5, 10, 20, 50])
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
+def tables(rows: Sequence[Row], header: dict[str, Any], sparsity: float) -> str:
+    """Everything that is shown in words: layers, other libraries, networks, by number of threads, and the losses."""
+    texts = []
+    for threads in sorted({int(row["threads"]) for row in rows}):
+        mine = [row for row in rows if int(row["threads"]) == threads]
+        at = [row for row in mine if float(row["sparsity"]) in (sparsity, 0) and row["product"] in PRODUCTS]
+        layers = [row for row in at if row["implementation"] == OURS]
+        if layers:
+            texts += [f"Layers at {sparsity:.4g} sparsity, {_title(header, threads, mine)}:", table(layers)]
+        if any(row["implementation"] != OURS for row in at):
+            about = "The same by other libraries, against the same dense torch (forward / forward + backward):"
+            texts += [about, peer_table(at)]
+        networks = [row for row in mine if row["product"] == "step"]
+        if networks:
+            about = f"Training steps of whole networks, {threads} thread{'s' if threads > 1 else ''}"
+            texts += [f"{about}; speed-up, what the kept multiply-adds allow, share of it:", network_table(networks)]
+    return "\n\n".join([*texts, losses(rows)])
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a row per case, a column per blocksize, cells "forward / forward + backward", losses included."""
-    blocks = list(dict.fromkeys(row["blocksize"] for row in rows))
-    found = {(row["case"], row["blocksize"], row["product"]): float(row["speedup_p50"]) for row in rows}
-
-    def cell(case: str, blocksize: str) -> str:
-        pair = [found.get((case, blocksize, product)) for product in ("forward", "layer")]
-        return " / ".join("-" if value is None else f"{value:.1f}x" for value in pair)
-
+    found = list(dict.fromkeys(row["blocksize"] for row in rows))
+    blocks = [block for block in map(times, MAIN) if block in found] or found
     lines = [
         f"| forward / forward + backward | {' | '.join(blocks)} | ideal |",
         f"|---|{'---|' * len(blocks)}---|",
     ]
     for case in dict.fromkeys(row["case"] for row in rows):
-        ideals = sorted(float(row["ideal"]) for row in rows if row["case"] == case)
+        mine = [row for row in rows if row["case"] == case and row["blocksize"] in blocks]
+        if not mine:
+            continue
+        ideals = sorted(float(row["ideal"]) for row in mine)
         low, high = f"{ideals[0]:.1f}", f"{ideals[-1]:.1f}"
         ideal = f"{low}x" if low == high else f"{low}-{high}x"
-        lines.append(f"| {case} | {' | '.join(cell(case, blocksize) for blocksize in blocks)} | {ideal} |")
+        cells = [_cell([row for row in mine if row["blocksize"] == block]) for block in blocks]
+        lines.append(f"| {case} | {' | '.join(cells)} | {ideal} |")
     return "\n".join(lines)
 
 
-def network_table(results: Sequence[dict[str, Any]]) -> str:
+def peer_table(rows: Sequence[Row]) -> str:
+    """Markdown: a row per case and blocksize that any peer has, a column per library, cells as in :func:`table`."""
+
+    def library(row: Row) -> str:
+        return row["implementation"].removesuffix(" CSR").removesuffix(" BSR")
+
+    peers = [row for row in rows if row["implementation"] != OURS and row["blocksize"] != "dense"]
+    names = [OURS, *dict.fromkeys(library(row) for row in rows if row["implementation"] != OURS)]
+    lines = [f"| layer, blocks | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for case, block in dict.fromkeys((row["case"], row["blocksize"]) for row in peers):
+        cells = []
+        for name in names:
+            # A dense peer has one figure for all blocksizes; it stands with single weights.
+            wanted = (block, "dense") if block == "1x1" else (block,)
+            cells.append(
+                _cell([r for r in rows if r["case"] == case and library(r) == name and r["blocksize"] in wanted])
+            )
+        lines.append(f"| {case}, {block} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def network_table(rows: Sequence[Row]) -> str:
+    """Markdown: a row per network and blocksize, a column per sparsity, cells "speed-up of what is allowed (share)"."""
+    sparsities = sorted({row["sparsity"] for row in rows}, key=float)
+    lines = [
+        f"| network, batch, blocks | {' | '.join(f'{100 * float(s):g} % sparse' for s in sparsities)} |",
+        f"|---|{'---|' * len(sparsities)}",
+    ]
+    for case, batch, block in dict.fromkeys((row["case"], row["batch"], row["blocksize"]) for row in rows):
+        cells = []
+        for sparsity in sparsities:
+            found = [
+                r for r in rows if (r["case"], r["blocksize"], r["sparsity"]) == (case, block, sparsity)
+            ]  # none where the result was wrong
+            speedup, ideal = (float(found[0][key]) if found else 0.0 for key in ("speedup_p50", "ideal"))
+            cells.append(f"{speedup:.2f}x of {ideal:.1f}x ({speedup / ideal:.0%})" if found else "-")
+        lines.append(f"| {case.removeprefix('net-')}, {batch}, {block} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def losses(rows: Sequence[Row]) -> str:
+    """A sentence: how many of sparsekern's figures are below dense torch, of all products and threads, by sparsity."""
+    mine = [row for row in rows if row["implementation"] == OURS]
+    parts = []
+    for sparsity in sorted({float(row["sparsity"]) for row in mine}):
+        at = [float(row["speedup_p50"]) for row in mine if float(row["sparsity"]) == sparsity]
+        lost = [value for value in at if value < 1]
+        if lost:
+            parts.append(f"{len(lost)} of {len(at)} at {100 * sparsity:g} % (the worst {min(lost):.2f}x)")
+    what = ", ".join(parts) if parts else "none"
+    return f"Slower than dense torch, of all {len(mine)} figures of sparsekern in this run: {what}."
+
+
+def training_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per run, beside the narrower dense network of equal step time and the random mask."""
     columns = ("dense", "sparse", "small_dense", "random_mask")
     lines = [
@@ -180,6 +216,14 @@ def replace_marked(path: Path, name: str, text: str) -> None:
     if not begin or not end or first in rest or last in head + tail:
         raise ValueError(f"{path} must have one {first} and, after it, one {last}")
     path.write_text(f"{head}{first}\n\n{text}\n\n{last}{tail}")
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    found = {row["product"]: float(row["speedup_p50"]) for row in rows}
+    pair = [found.get(product) for product in ("forward", "layer")]
+    if pair == [None, None]:
+        return "-"
+    return " / ".join("-" if value is None else f"{value:.1f}x" for value in pair)
 
 
 def _title(header: dict[str, Any], threads: int, rows: Sequence[Row]) -> str:

@@ -1,68 +1,73 @@
 """Measures the table: every sparse figure beside dense torch's, taken in turns in the same run, and only if correct.
 
 One group is (case, blocksize, threads, product): dense torch, all sparsities and the peers take turns in it, so that a
-slow spell of the machine meets all of them. What is compared is chosen against sparsekern: dense convolutions are timed
-in both memory layouts and the faster one is the baseline.
+slow spell of the machine meets all of them. What is compared is chosen against sparsekern: dense torch is timed in both
+memory layouts, eager and compiled, and the fastest is the baseline.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import platform
-import resource
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern import BlockPattern, info
-from sparsekern.timing import Timing, interleaved, speedup
 
-from .cases import PRODUCTS, Calls, Case, Tensors, dense_calls, exact, sparse_calls
-from .table import TOLERANCE, Results, Row
+from .cases import CASES, Calls, Case, Tensors, compiled_calls, dense_calls, exact, sparse_calls
+from .compare import Job, Version, Way, compare, times, use_threads
+from .cover import Cover, Part
+from .networks import NETWORKS, Network, measure_network
+from .peers import COMPILE, dense_peer, peer_calls
+from .table import TOLERANCE, Results
 
-OURS, TORCH, SCIPY = "sparsekern", "torch CSR", "scipy CSR"
+OURS = "sparsekern"
+PEERS_FROM = 0.8  # sparsity; below it most of them take many times as long as dense torch does
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """One sparse layer with its products in every layout, the true results, and its rivals by product."""
+class Problem:
+    """One sparse layer with its products in every layout and the true results."""
 
     sparsity: float
     pattern: BlockPattern
+    layer: nn.Module
     calls: dict[str, Calls]  # by layout
     truth: dict[str, Tensors]
-    peers: dict[str, Callable[[], Tensors]]  # the forward product alone
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The dense layer in every layout, and its products by layout and mode."""
+
+    layers: dict[str, nn.Module]
+    calls: dict[Way, Calls]
 
 
 def measure(results: Results) -> Iterator[str]:
     """Measure all of it into ``results``; yields what comes next, once per group (:func:`count` of them)."""
-    for case in results.cases:
-        generator = torch.Generator().manual_seed(0)
-        # Written, non-zero, different data everywhere: untouched pages and zeros are faster than real ones.
-        x, grad = (torch.randn(shape, generator=generator) for shape in (case.input, case.output))
-        dense = {
-            layout: dense_calls(case, case.dense(layout), case.to_layout(x, layout), case.to_layout(grad, layout))
-            for layout in case.layouts
-        }
-        for blocksize in results.settings.blocksizes:
-            problems = [_problem(case, blocksize, s, x, grad, generator) for s in results.settings.sparsities]
-            for threads in results.settings.threads:
-                for product in PRODUCTS:
-                    yield f"{case.name}, {blocksize[0]}x{blocksize[1]}, {product}, {threads} thread(s)"
-                    _group(results, case, product, threads, dense, problems)
+    for part in results.cover.parts:
+        for name in part.cases:
+            yield from _measure_case(results, part, CASES[name])
+    for network in networks(results.cover):
+        yield from measure_network(results, network, network.threads)
     results.complete = True
 
 
-def count(results: Results) -> int:
+def count(cover: Cover) -> int:
     """How many groups :func:`measure` goes through."""
-    settings = results.settings
-    return len(results.cases) * len(settings.blocksizes) * len(settings.threads) * len(PRODUCTS)
+    layers = sum(len(p.cases) * len(p.blocksizes) * len(p.threads) * len(p.products) for p in cover.parts)
+    return layers + sum(len(network.threads) for network in networks(cover))
+
+
+def networks(cover: Cover) -> list[Network]:
+    """Those of ``cover``, with the numbers of threads that it has."""
+    found = (NETWORKS[name] for name in cover.networks)
+    return [replace(n, threads=tuple(t for t in n.threads if t in cover.threads)) for n in found]
 
 
 def machine() -> dict[str, Any]:
@@ -80,9 +85,64 @@ def machine() -> dict[str, Any]:
     return info.collect() | {"malloc": malloc}
 
 
-def _problem(
+def _measure_case(results: Results, part: Part, case: Case) -> Iterator[str]:
+    generator = torch.Generator().manual_seed(0)
+    # Written, non-zero, different data everywhere: untouched pages and zeros are faster than real ones.
+    x, grad = (torch.randn(shape, generator=generator) for shape in (case.input, case.output))
+    dense = _dense(case, x, grad, part.compiled)
+    for blocksize in part.blocksizes:
+        problems = [make_problem(case, blocksize, s, x, grad, generator) for s in part.sparsities]
+        for threads in part.threads:
+            for product in part.products:
+                yield f"{case.name}, {times(blocksize)}, {product}, {threads} thread(s)"
+                job = Job(case.name, case.batch, product, threads)
+                with use_threads(threads), torch.set_grad_enabled(product == "layer"):
+                    ways = _baselines(results, job, dense)
+                    versions = [_ours(results, job, case, problem) for problem in problems]
+                    if part.peers and threads == 1:
+                        versions += _theirs(results, job, case, problems, dense, x, grad)
+                    compare(results, job, ways, versions)
+
+
+def _dense(case: Case, x: Tensor, grad: Tensor, compiled: bool) -> _Dense:
+    torch.compiler.reset()  # what was compiled for other cases is one more thing to check in every call
+    layers: dict[str, nn.Module] = {}
+    calls: dict[Way, Calls] = {}
+    for layout in case.layouts:
+        layer = layers[layout] = case.dense(layout)
+        arguments = (case.to_layout(x, layout), case.to_layout(grad, layout))
+        calls[layout, "eager"] = dense_calls(case, layer, *arguments)
+        if compiled:
+            calls[layout, "compiled"] = compiled_calls(layer, *arguments)
+    return _Dense(layers, calls)
+
+
+def _baselines(results: Results, job: Job, dense: _Dense) -> dict[Way, Callable[[], Tensors]]:
+    """The dense product by all ways; the compiled ones only if they work and agree with the eager ones."""
+    ways = {}
+    for (layout, mode), calls in dense.calls.items():
+        if job.product not in calls:
+            continue
+        call = calls[job.product]
+        if mode == "compiled":
+            eager = dense.calls[layout, "eager"][job.product]()
+            try:
+                error = relative_error(call(), tuple(tensor.detach() for tensor in eager))
+            except RuntimeError as failure:  # no C++ compiler, for one
+                results.peers[COMPILE] = f"missing: {str(failure).splitlines()[0]}"
+                continue
+            if error > TOLERANCE:
+                results.refused.append(
+                    f"{job.case}/{job.product}/{job.threads}/dense/{layout}/{mode}: error {error:.2g}"
+                )
+                continue
+        ways[layout, mode] = call
+    return ways
+
+
+def make_problem(
     case: Case, blocksize: tuple[int, int], sparsity: float, x: Tensor, grad: Tensor, generator: torch.Generator
-) -> _Problem:
+) -> Problem:
     grid = [-(-size // block) for size, block in zip(case.matrix, blocksize, strict=True)]
     blocks = grid[0] * grid[1]
     mask = torch.zeros(blocks, dtype=torch.bool)
@@ -93,112 +153,65 @@ def _problem(
         layout: sparse_calls(case, layer, case.to_layout(x, layout), case.to_layout(grad, layout))
         for layout in case.layouts
     }
-    rivals = not case.is_conv and blocksize == (1, 1)
-    peers = _peers(pattern, layer, x) if rivals else {}
-    return _Problem(sparsity, pattern, calls, exact(case, layer, x, grad), peers)
+    return Problem(sparsity, pattern, layer, calls, exact(case, layer, x, grad))
 
 
-def _peers(pattern: BlockPattern, layer: nn.Module, x: Tensor) -> dict[str, Callable[[], Tensors]]:
-    """The forward product of a linear layer by other libraries, for blocks (1, 1)."""
-    values, bias = (parameter.detach() for parameter in layer.parameters())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        weight = torch.sparse_csr_tensor(
-            pattern.crow_indices, pattern.col_indices, values.flatten(), pattern.shape, check_invariants=True
-        )
-    peers: dict[str, Callable[[], Tensors]] = {TORCH: lambda: ((weight @ x.t()).t() + bias,)}
-    if importlib.util.find_spec("scipy"):
-        matrix, column, wide = pattern.to_scipy(values).tocsr(), bias.numpy()[:, None], x.numpy().T
-        peers[SCIPY] = lambda: (torch.from_numpy((matrix @ wide + column).T),)
-    return peers
+def _ours(results: Results, job: Job, case: Case, problem: Problem) -> Version:
+    calls = {layout: calls[job.product] for layout, calls in problem.calls.items()}
+    return _version(results, job, case, problem, OURS, calls, problem.truth[job.product])
 
 
-def _group(
-    results: Results, case: Case, product: str, threads: int, dense: dict[str, Calls], problems: Sequence[_Problem]
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.set_grad_enabled(product == "layer"):
-            _compare(results, case, product, threads, dense, problems)
-    finally:
-        torch.set_num_threads(before)
+def _theirs(
+    results: Results, job: Job, case: Case, problems: Sequence[Problem], dense: _Dense, x: Tensor, grad: Tensor
+) -> list[Version]:
+    versions = []
+    for problem in (problem for problem in problems if problem.sparsity >= PEERS_FROM):
+        truth = problem.truth[job.product]
+        for peer in peer_calls(case, job.product, problem.pattern, problem.layer, x, grad, truth):
+            versions.append(_version(results, job, case, problem, peer.name, peer.calls, peer.truth))
+    if job.product == "forward" and problems[0].pattern.blocksize == (1, 1):
+        layout = case.layouts[0]
+        rival = dense_peer(case, dense.layers[layout], case.to_layout(x, layout))
+        if rival is not None:
+            everything = BlockPattern.from_mask(torch.ones(1, 1, dtype=torch.bool), case.matrix)
+            problem = Problem(0.0, everything, dense.layers[layout], {}, {})
+            versions.append(_version(results, job, case, problem, rival.name, rival.calls, rival.truth))
+    return versions
 
 
-def _compare(
-    results: Results, case: Case, product: str, threads: int, dense: dict[str, Calls], problems: Sequence[_Problem]
-) -> None:
-    candidates: dict[str, Callable[[], object]] = {f"dense/{name}": calls[product] for name, calls in dense.items()}
-    versions: list[tuple[_Problem, str, list[str]]] = []  # problem, implementation, its layouts that are correct
-    for problem in problems:
-        calls = {OURS: {layout: calls[product] for layout, calls in problem.calls.items()}}
-        if product == "forward":
-            calls |= {peer: {"row-major": call} for peer, call in problem.peers.items()}
-        for name, by_layout in calls.items():
-            if name == SCIPY and threads > 1:
-                continue  # it has one thread only
-            good = []
-            for layout, call in by_layout.items():
-                error = _error(call(), problem.truth[product])
-                key = f"{name}/{problem.sparsity}/{layout}"
-                if error <= TOLERANCE:
-                    good.append(layout)
-                    candidates[key] = call
-                else:
-                    blocks = _times(problem.pattern.blocksize)
-                    results.refused.append(f"{case.name}/{product}/{blocks}/{threads}/{key}: error {error:.2g}")
-            if good:
-                versions.append((problem, name, good))
-    settings = results.settings
-    start, before = time.perf_counter(), _switches()
-    timings = interleaved(candidates, rounds=settings.rounds, limit_seconds=settings.limit_seconds)
-    switches = (_switches() - before) / (time.perf_counter() - start)
-    baseline = _fastest(timings, "dense", case.layouts)
-    for problem, name, layouts in versions:
-        prefix = f"{name}/{problem.sparsity}"
-        layout = _fastest(timings, prefix, layouts)
-        slow, fast = timings[f"dense/{baseline}"], timings[f"{prefix}/{layout}"]
-        flops = case.flops(problem.pattern.nnz) * (3 if product == "layer" else 1)
-        density = problem.pattern.density
-        row = Row(
-            case=case.name,
-            product=product,
-            implementation=name,
-            blocksize=_times(problem.pattern.blocksize),
-            sparsity=problem.sparsity,
-            density=density,
-            threads=threads,
-            layout=layout,
-            dense_layout=baseline,
-            **_named("dense_us", slow.quantiles(), 1e6),
-            **_named("sparse_us", fast.quantiles(), 1e6),
-            **_named("speedup", speedup(slow, fast), 1),
-            ideal=1 / density,
-            gflops=flops / fast.median / 1e9,
-            rounds=len(fast.samples),
-            switches_per_second=switches,
-        )
-        results.rows.append(row)
+def _version(
+    results: Results,
+    job: Job,
+    case: Case,
+    problem: Problem,
+    name: str,
+    calls: Mapping[str, Callable[[], Tensors]],
+    truth: Tensors,
+) -> Version:
+    pattern = problem.pattern
+    blocks = "dense" if pattern.blocksize == case.matrix else times(pattern.blocksize)
+    ways = {}
+    for layout, call in calls.items():
+        error = relative_error(call(), truth)
+        if error <= TOLERANCE:
+            ways[layout, "eager"] = call
+        else:
+            key = f"{job.case}/{job.product}/{blocks}/{job.threads}/{name}/{problem.sparsity}/{layout}"
+            results.refused.append(f"{key}: error {error:.2g}")
+    return Version(
+        name,
+        blocks,
+        problem.sparsity,
+        pattern.density,
+        1 / pattern.density,
+        case.flops(pattern.nnz, job.product),
+        case.traffic(pattern, job.product),
+        case.traffic(pattern, "forward"),
+        ways,
+    )
 
 
-def _switches() -> int:
-    """How often the system has taken the processor from this process for another one."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-def _error(got: Tensors, true: Tensors) -> float:
+def relative_error(got: Tensors, true: Tensors) -> float:
     """The largest error of any result relative to its largest true value; infinite if something is not finite."""
     errors = [float((g.detach().double() - t).abs().max() / t.abs().max()) for g, t in zip(got, true, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("inf")
-
-
-def _fastest(timings: Mapping[str, Timing], prefix: str, layouts: Iterable[str]) -> str:
-    return min(layouts, key=lambda layout: timings[f"{prefix}/{layout}"].median)
-
-
-def _named(prefix: str, quantiles: Mapping[str, float], scale: float) -> dict[str, Any]:
-    return {f"{prefix}_{name}": value * scale for name, value in quantiles.items()}
-
-
-def _times(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"

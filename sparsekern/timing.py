@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 MIN_ROUNDS = 5
+TRIES = 3  # for a sample in which the system interrupted every call
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def interleaved(
 
     A slow spell of the machine thus meets all of them, and none always runs after the same other one. A sample repeats
     its callable for about ``sample_seconds``, so that it finds the caches it would have in a loop of its own, and is
-    the median of these calls, so that one that was preempted does not count. The warm-up sets how many they are.
+    the median of these calls; those during which the system gave the processor to another program are dropped. The
+    warm-up sets how many calls there are.
 
     Args:
         candidates: what to time, by name; called without arguments, the result is dropped.
@@ -76,15 +79,27 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of ``repeats`` calls in a row."""
-    spans = []
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-        end = time.perf_counter()
-        spans.append(end - start)
-        start = end
+    """Median seconds of ``repeats`` calls in a row, without those that were interrupted where any was not."""
+    spans: list[float] = []
+    for _ in range(TRIES):
+        calm = []
+        before = switches()
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            spans.append(time.perf_counter() - start)
+            after = switches()
+            if after == before:
+                calm.append(spans[-1])
+            before = after
+        if calm:
+            return statistics.median(calm)
     return statistics.median(spans)
+
+
+def switches() -> int:
+    """How often the system took a processor from a thread of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _warm_up(call: Callable[[], object], sample_seconds: float) -> int:

@@ -27,6 +27,43 @@ def test_lenet_5_caffe_has_no_relu_after_its_convolutions():
     assert kinds == ["_Images", "Conv2d", "MaxPool2d", "Conv2d", "MaxPool2d", "Flatten", "Linear", "ReLU", "Linear"]
 
 
+def test_vgg_d_has_the_size_of_the_paper():
+    with torch.device("meta"):
+        model = models.cifar.vgg_d(int)
+    kinds = [type(m).__name__ for m in model.children()]
+    assert (kinds.count("Conv2d"), kinds.count("MaxPool2d"), kinds.count("Linear")) == (13, 5, 3)
+    layers = [module for module in model if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert sum(p.numel() for layer in layers for p in layer.parameters()) == 15_245_130
+    norms = [m.num_features for m in model if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
+    assert norms == [m.weight.shape[0] for m in layers[:-1]]  # "batch normalisation everywhere"
+
+
+def test_resnet_18_is_the_one_for_cifar():
+    with torch.device("meta"):
+        model, image = models.cifar.resnet_18(int), torch.empty(1, 3, 32, 32)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    shapes = []
+    for block in [m for m in model if isinstance(m, models.cifar.Residual)]:
+        block.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    model.eval()(image)
+    assert shapes == [(64, 32, 32)] * 2 + [(128, 16, 16)] * 2 + [(256, 8, 8)] * 2 + [(512, 4, 4)] * 2
+
+
+def test_residual_block_adds_its_input():
+    block = models.cifar.Residual(4, 4, 1).eval()
+    nn.init.zeros_(block.norm2.weight)
+    x = torch.randn(2, 4, 5, 5)
+    assert block(x).equal(x.relu())
+
+
+@pytest.mark.parametrize("name", models.COLOUR_NAMES)
+def test_colour_networks_narrower(name):
+    narrow = models.build(name, 0.05)
+    assert narrow(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    weights = [m.weight for m in narrow.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert {w.shape[0] for w in weights[:-1]} <= {3, 6, 13, 26} and weights[-1].shape[0] == 10
+
+
 @pytest.mark.parametrize("name", models.NAMES)
 def test_init_is_truncated_normal_of_variance_one_over_fan_in(name):
     model = models.build(name, generator=torch.Generator().manual_seed(0))

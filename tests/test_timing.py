@@ -12,6 +12,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now, self.slowness, self.calls = 0.0, lambda now: 1.0, []
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing, "switches", lambda: 0)  # nor on how busy it is
 
     def takes(self, name, seconds):
         def call():
@@ -67,6 +68,29 @@ def test_preempted_calls_do_not_count(clock):
 
     found = interleaved({"calm": preempted}, rounds=6)
     assert found["calm"].quantiles() == pytest.approx({"p20": 1e-3, "p50": 1e-3, "p80": 1e-3})
+
+
+def test_interrupted_calls_are_dropped(clock, monkeypatch):
+    """The system takes the processor away for 50 ms during most calls, and says so; one call in five is left alone."""
+    calm, calls = clock.takes("calm", 1e-3), []
+
+    def interrupted():
+        calls.append(None)
+        calm()
+        clock.now += 0.05 * (len(calls) % 5 > 0)
+
+    monkeypatch.setattr(timing, "switches", lambda: len(calls) - len(calls) // 5)
+    found = interleaved({"call": interrupted}, rounds=6, sample_seconds=0.01)
+    assert found["call"].quantiles() == pytest.approx({"p20": 1e-3, "p50": 1e-3, "p80": 1e-3})
+
+
+def test_where_every_call_is_interrupted_their_median_counts(clock, monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "switches", lambda: len(clock.calls))
+    slow = clock.takes("slow", 1.0)
+    found = interleaved({"slow": lambda: calls.append(slow())}, rounds=5)
+    assert found["slow"].samples == pytest.approx((1.0,) * 5)
+    assert len(calls) == timing.TRIES * (3 + 5)  # the warm-up is three samples of one call
 
 
 def test_limit_ends_it_but_never_before_five_rounds(clock):

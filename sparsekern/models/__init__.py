@@ -1,4 +1,4 @@
-"""The small networks of the thesis for 28x28 grey images and ten classes: :func:`build`."""
+"""The thesis's networks: small ones for 28x28 grey images, two for 32x32 colour images, ten classes: :func:`build`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NAMES", "build", "init_"]
+from . import cifar
+
+__all__ = ["COLOUR_NAMES", "NAMES", "build", "init_"]
 
 IMAGE = (1, 28, 28)
 N_CLASSES = 10
@@ -18,11 +20,13 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def build(name: str, width: float = 1.0, generator: torch.Generator | None = None) -> nn.Sequential:
-    """A network with fresh weights (:func:`init_`), input [N, 1, 28, 28] or flattened [N, 784], output logits [N, 10].
+    """A network with fresh weights (:func:`init_`), output logits [N, 10].
 
     Args:
-        name: "lenet-300-100" (266,610 parameters), "lenet-5-caffe" (431,080, no ReLU after its convolutions), both
-            as in SNIP (Lee et al., 2019), or "simple-cnn" (62,346, Lee et al., 2021).
+        name: for input [N, 1, 28, 28] or flattened [N, 784] (:data:`NAMES`): "lenet-300-100" (266,610 parameters),
+            "lenet-5-caffe" (431,080, no ReLU after its convolutions), both as in SNIP (Lee et al., 2019), or
+            "simple-cnn" (62,346, Lee et al., 2021). For input [N, 3, 32, 32] (:data:`COLOUR_NAMES`): "vgg-d"
+            (15,245,130 without batch normalisation, as in SNIP) or "resnet-18" (11,173,962, the variant for CIFAR).
         width: factor on every hidden width (rounded, at least 1); input and output keep theirs.
         generator: draws the weights; torch's default generator where None.
 
@@ -30,7 +34,7 @@ def build(name: str, width: float = 1.0, generator: torch.Generator | None = Non
         ValueError: an unknown name, or a width that is not positive.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(_BUILDERS)}, got {name!r}")
     if not (math.isfinite(width) and width > 0):
         raise ValueError(f"width must be positive, got {width}")
     model = _BUILDERS[name](lambda units: max(1, round(units * width)))
@@ -112,5 +116,8 @@ _BUILDERS: dict[str, Callable[[Callable[[int], int]], nn.Sequential]] = {
     "lenet-300-100": _lenet_300_100,
     "lenet-5-caffe": _lenet_5_caffe,
     "simple-cnn": _simple_cnn,
+    "vgg-d": cifar.vgg_d,
+    "resnet-18": cifar.resnet_18,
 }
-NAMES = tuple(_BUILDERS)
+COLOUR_NAMES = ("vgg-d", "resnet-18")
+NAMES = tuple(name for name in _BUILDERS if name not in COLOUR_NAMES)
