@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from . import functional, isometry, models, nn, prune
 from .checkpoint import load_, save
 from .convert import densify_, sparsify_
+from .cost.advise import advise
 from .nn import SparseConv2d, SparseLinear
 from .pattern import BlockPattern
 
@@ -18,6 +19,7 @@ __all__ = [
     "BlockPattern",
     "SparseConv2d",
     "SparseLinear",
+    "advise",
     "densify_",
     "functional",
     "isometry",

@@ -1,4 +1,4 @@
-"""The command line: ``sparsekern train``, ``sparsekern summary`` and ``sparsekern info``."""
+"""The command line: ``sparsekern train``, ``summary``, ``info``, ``calibrate`` and ``advise``."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stoppable():
             if options.command == "train":
                 return _train(parser, options, words, console)
-            if options.command == "summary":
-                return _summary(options, console)
-            return _info(options, console)
+            run = {"summary": _summary, "info": _info, "calibrate": _calibrate, "advise": _advise}[options.command]
+            return run(options, console)
     except (OSError, ValueError, FloatingPointError) as error:
         errors.print(f"sparsekern: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -81,7 +80,27 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out of a run, or a folder of such")
     info = commands.add_parser("info", help="versions, processor and which kernels are at hand")
     info.add_argument("--json", action="store_true")
+    calibrate = commands.add_parser("calibrate", help="measure this machine for `advise` and backend=auto (under 30 s)")
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="default: where backend=auto looks for it")
+    advise = commands.add_parser("advise", help="predict what sparsity brings to each layer of a network")
+    advise.add_argument("--model", choices=models.NAMES, default=Settings.model, help=default)
+    advise.add_argument("--batch", type=_positive, default=Settings.batch_size, metavar="N", help=default)
+    advise.add_argument(
+        "--blocksizes", type=_blocksize, nargs="+", default=[(1, 1), (4, 1), (8, 8), (16, 16)], metavar="HxW",
+        help="to compare; default: 1x1 4x1 8x8 16x16",
+    )  # fmt: skip
+    advise.add_argument(
+        "--sparsities", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95], metavar="S",
+        help="fractions removed, in [0, 1); default: 0.5 0.8 0.9 0.95",
+    )  # fmt: skip
+    advise.add_argument("--check", action="store_true", help="time a sample of it, and show how far off it was")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _blocksize(text: str) -> tuple[int, int]:
@@ -133,6 +152,38 @@ def _info(options: argparse.Namespace, console: Console) -> int:
             # One line for each fact about the processor.
             lines = [f"{key} {name}: {fact}" for name, fact in value.items()] if key == "cpu" else [f"{key}: {value}"]
             console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _calibrate(options: argparse.Namespace, console: Console) -> int:
+    from .cost import table, timer
+    from .cost.calibrate import calibrate
+
+    timer.keep_freed_memory()
+    file = options.out or table.path()
+    with console.status("") as status:
+        measured = calibrate(lambda note: status.update(note))
+    table.save(measured, file)
+    console.print(
+        f"{file}: measured in {measured.seconds:.0f} s; median error of the fit {measured.error:.1%}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return 0
+
+
+def _advise(options: argparse.Namespace, console: Console) -> int:
+    import torch
+
+    from . import models
+    from .cost import advise, check, show, table, timer
+
+    model, holds = models.build(options.model), table.current()
+    example = torch.zeros(options.batch, *models.IMAGE)
+    rows = advise.advise(model, example, blocksizes=options.blocksizes, sparsities=options.sparsities)
+    console.print(show.advice_table(rows, holds))
+    if options.check:
+        timer.keep_freed_memory()
+        console.print(show.check_table(list(check.check(model, rows, holds))))
     return 0
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import cost
+from .cost.table import current
 from .eligible import convertible
-from .functional import resolve
 from .nn import SparseConv2d, SparseLayer, SparseLinear, ddp_ignore_
 from .optimizer import Swap, check_state, forbid, swap_parameters
 from .pattern import BlockPattern
@@ -37,8 +38,11 @@ class LayerReport:
     kept: int
     weights: int
     bias: bool
-    backend: str  # what runs: "cpu" or "reference"
+    backend: str  # what runs: "cpu", "dense" or "reference"
     dead_outputs: int  # rows without a weight
+    # Where "auto" has weighed the kernels against dense: the speed-up that it expects of a training step against
+    # torch's dense layer, at the nominal batch of sparsekern.cost.choose.
+    speedup: float | None = None
 
     @property
     def density(self) -> float:
@@ -70,11 +74,12 @@ class Report:
         return {"sparsity": self.sparsity, "converted": rows, "left_out": dict(self.left_out)}
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "shape", "block", "kept", "density", "backend")
+        header = ("layer", "kind", "shape", "block", "kept", "density", "backend", "speed-up")
         rows = [
             (
                 row.name, row.kind, "x".join(map(str, row.shape)), "x".join(map(str, row.blocksize)),
                 f"{row.kept:,} of {row.weights:,}", f"{row.density:.2%}", row.backend,
+                "-" if row.speedup is None else f"{row.speedup:.2f}x",
             )
             for row in self.converted
         ]  # fmt: skip
@@ -87,6 +92,11 @@ class Report:
             for row in self.converted
             if row.dead_outputs
         ]
+        if any(row.speedup is not None for row in self.converted):
+            lines.append(
+                f"speed-up: of a training step against torch's dense layer, with {cost.NOMINAL}, predicted by "
+                f"{current().source()}"
+            )
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 
@@ -279,6 +289,7 @@ def _scatter(pattern: BlockPattern, weight_shape: torch.Size, tensor: Tensor) ->
 
 def _row(name: str, layer: SparseLayer) -> LayerReport:
     pattern = layer.pattern
+    choice = layer._choice() if layer.backend == "auto" else None
     return LayerReport(
         name=name,
         kind="linear" if isinstance(layer, SparseLinear) else "conv2d",
@@ -288,6 +299,7 @@ def _row(name: str, layer: SparseLayer) -> LayerReport:
         kept=pattern.nnz,
         weights=pattern.shape[0] * pattern.shape[1],
         bias=layer.bias is not None,
-        backend=resolve(layer.backend, layer.values.device.type),
+        backend=layer.runs,
         dead_outputs=pattern.dead_rows().numel(),
+        speedup=choice.dense_layer / choice.seconds if choice and choice.dense_layer and choice.seconds else None,
     )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import dense, ops, reference
 from .autograd import (
     Conv,
     Conv2d,
@@ -24,7 +24,7 @@ from .autograd import (
 from .pattern import INT32_MAX, BlockPattern
 from .plan import Kernel, Plans, make_plans
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "cpu", "dense", "reference"]
 Size2 = int | tuple[int, int]
 
 
@@ -50,8 +50,10 @@ def bsr_linear(
         values: [nnz_blocks, bh, bw]; entries that overhang the edge of W are never read.
         pattern: of shape (out_features, in_features).
         bias: [out_features] or None.
-        backend: "cpu" for the compiled kernels (float32, float64; 16-bit types compute in float32), "reference" for
-            plain torch, "auto" for the kernels where they exist and plain torch elsewhere.
+        backend: "cpu" for the compiled kernels (float32, float64; 16-bit types compute in float32), "dense" for torch's
+            own product with a dense weight that the values are written into, "reference" for plain torch, the truth in
+            tests, "auto" for the kernels where they exist and "reference" elsewhere. (A layer's "auto" also weighs
+            dense against the kernels: :func:`sparsekern.cost.choose`.)
 
     Returns:
         [*, out_features].
@@ -70,6 +72,9 @@ def bsr_linear(
             _linear_arguments(x, values, pattern, bias)  # has better words for what the op found wrong
             raise
     x, values, bias, result = _linear_arguments(x, values, pattern, bias)
+    if backend == "dense":
+        y = dense.linear(x, values, bias, pattern)
+        return y if result is None else y.to(result)
     plans, outputs = prepare(pattern), pattern.shape[0]
     if resolve(backend, x.device.type) == "reference":
         with torch.autocast(x.device.type, enabled=False):
@@ -135,6 +140,10 @@ def bsr_conv2d(
     if any(odd):
         images = F.pad(images, (0, odd[1], 0, odd[0]))
     channels_last = torch._prims_common.suggest_memory_format(images) == torch.channels_last
+    if backend == "dense":
+        y = dense.conv2d(images, values, bias, pattern, *conv, channels_last)
+        y = y if x.dim() == 4 else y.squeeze(0)
+        return y if result is None else y.to(result)
     plans = prepare(pattern, (*conv.kernel_size, groups))
     if resolve(backend, x.device.type) == "reference":
         crow, col, plan = plans[:3]
@@ -148,19 +157,19 @@ def bsr_conv2d(
     return y if result is None else y.to(result)
 
 
-def resolve(backend: Backend, device_type: str) -> Literal["cpu", "reference"]:
+def resolve(backend: Backend, device_type: str) -> Literal["cpu", "dense", "reference"]:
     """What ``backend`` means for tensors on a device of that type; only "auto" leaves a choice.
 
     Raises:
         ValueError: an unknown backend, or "cpu" for another device.
         RuntimeError: "cpu" and no kernels are built.
     """
-    if backend == "reference":
-        return "reference"
+    if backend == "reference" or backend == "dense":
+        return backend
     if backend == "auto":
         return "cpu" if device_type == "cpu" and not ops.CPU_KERNELS_MISSING else "reference"
     if backend != "cpu":
-        raise ValueError(f'backend must be "auto", "cpu" or "reference", got {backend!r}')
+        raise ValueError(f'backend must be "auto", "cpu", "dense" or "reference", got {backend!r}')
     if ops.CPU_KERNELS_MISSING:
         raise RuntimeError(f'backend="cpu" needs the compiled kernels: {ops.CPU_KERNELS_MISSING}')
     if device_type != "cpu":

@@ -87,6 +87,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/sparsekern, by default ~/.cache/sparsekern."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sparsekern"
+
+
 def _native() -> Any:
     """The compiled module, typed Any because a type checker cannot see into it; None where it is not built."""
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import cost, dense, functional
 from .eligible import why_not
 from .functional import Backend
 from .optimizer import forbid
@@ -32,11 +32,12 @@ class SparseLayer(nn.Module):
         values: Parameter [nnz_blocks, bh, bw], contiguous, in the order of ``pattern.col_indices``. Entries of edge
             blocks that overhang the weight are 0 at first, get gradient 0 and are never read.
         bias: Parameter [outputs] or None.
-        backend: which kernels run, as in :func:`sparsekern.functional.bsr_linear`.
+        runs: "cpu", "dense" or "reference": ``backend`` itself, or what "auto" has chosen.
     """
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    runs: Backend
     crow_indices: Tensor
     col_indices: Tensor
 
@@ -60,9 +61,8 @@ class SparseLayer(nn.Module):
             raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
         if pattern.shape != matrix_shape:
             raise ValueError(f"pattern must have shape {matrix_shape} for a weight {weight_shape}, got {pattern.shape}")
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-        self.backend = backend
+        _check_backend(backend)
+        self._backend = backend
         # What the plans of a convolution depend on besides the pattern; a linear layer has none.
         self._kernel = (weight_shape[2], weight_shape[3], groups) if len(weight_shape) == 4 else None
         self.values = nn.Parameter(torch.empty(pattern.values_shape, device=device, dtype=dtype))
@@ -79,6 +79,21 @@ class SparseLayer(nn.Module):
     def pattern(self) -> BlockPattern:
         """Which blocks exist, on the device of ``values``. Immutable; to change it, build another layer or load one."""
         return self._pattern
+
+    @property
+    def backend(self) -> Backend:
+        """What is to compute: "cpu", "dense" or "reference" as in :func:`sparsekern.functional.bsr_linear`, or "auto".
+
+        "auto" stands for what :func:`sparsekern.cost.choose` expects to be fastest for the layer's pattern, dtype and
+        device, and is chosen anew whenever one of them changes.
+        """
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        _check_backend(backend)
+        self._backend = backend
+        self._choose()
 
     def reset_parameters(self) -> None:
         """Draw ``values`` and ``bias`` anew, as a masked dense layer would: uniform in ±1/sqrt(fan_in).
@@ -108,10 +123,28 @@ class SparseLayer(nn.Module):
         device = self.values.device
         if device.type != "meta":
             pattern = pattern.to(device)
-            functional.prepare(pattern, self._kernel)
         self._pattern = pattern
+        self._choose()
         for name in INDEX_BUFFERS:
             setattr(self, name, getattr(pattern, name).to(device))
+
+    def _choice(self) -> cost.Choice:
+        """What "auto" would choose, and why."""
+        pattern, values = self._pattern, self.values
+        return cost.choose(
+            values.device.type, values.dtype, pattern.blocksize, pattern.shape, pattern.density, self._kernel
+        )
+
+    def _choose(self) -> None:
+        self.runs = self._choice().backend if self._backend == "auto" else self._backend
+        if self.values.device.type != "meta":
+            self._prepared()
+
+    def _prepared(self) -> tuple[Tensor, ...]:
+        """The tensors that what runs reads beside the values; made, and kept on the pattern, where they are missing."""
+        if self.runs == "dense":
+            return (dense.positions(self._pattern, self._kernel),)
+        return functional.prepare(self._pattern, self._kernel)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         super()._apply(fn, recurse)
@@ -229,7 +262,7 @@ class SparseLinear(SparseLayer):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         values, bias = self._weights()
-        return functional.bsr_linear(input, values, self._pattern, bias, backend=self.backend)
+        return functional.bsr_linear(input, values, self._pattern, bias, backend=self.runs)
 
     @classmethod
     def from_dense(cls, module: nn.Linear, pattern: BlockPattern, *, backend: Backend = "auto") -> SparseLinear:
@@ -308,7 +341,7 @@ class SparseConv2d(SparseLayer):
         values, bias = self._weights()
         return functional.bsr_conv2d(
             input, values, self._pattern, bias, self.stride, self.padding, self.dilation, self.groups,
-            kernel_size=self.kernel_size, backend=self.backend,
+            kernel_size=self.kernel_size, backend=self.runs,
         )  # fmt: skip
 
     @classmethod
@@ -363,6 +396,11 @@ def check_values(values: Tensor, pattern: BlockPattern, name: str) -> None:
         return
     if bool((values[~pattern.to(values.device).edge_mask()] != 0).any()):
         raise ValueError(f"{name} is not 0 where blocks overhang the edge of the weight, {pattern.shape}")
+
+
+def _check_backend(backend: Backend) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
 
 
 def _overhangs(pattern: BlockPattern) -> bool:

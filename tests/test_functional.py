@@ -15,7 +15,7 @@ from sparsekern.functional import bsr_conv2d, bsr_linear, prepare
 from sparsekern.pattern import BlockPattern
 from sparsekern.weights import weight_from_matrix
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "dense", "reference")
 SMALL = list(small_problems())
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -381,7 +381,7 @@ LINEAR_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias shape": ({"bias": torch.ones(6)}, ValueError, r"bias must have shape \(4,\).*got \(6,\)"),
     "bias dtype": ({"bias": BIAS.double()}, TypeError, "bias must have the dtype of x, .*got torch.float64"),
     "bias device": ({"bias": BIAS.to("meta")}, ValueError, r"bias must have shape \(4,\) on cpu, got \(4,\) on meta"),
-    "backend": ({"backend": "cuda"}, ValueError, 'backend must be "auto", "cpu" or "reference", got \'cuda\''),
+    "backend": ({"backend": "cuda"}, ValueError, 'backend must be "auto", "cpu", "dense" or "reference", got \'cuda\''),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from ..info import cache_folder
 from .idx import read_idx
 
 logger = logging.getLogger("sparsekern")
@@ -80,12 +81,6 @@ def locate(name: str, folder: Path | None = None) -> tuple[Files, str]:
         else:
             return files, way
     raise FileNotFoundError(f"cannot find {name}. Tried:\n" + "\n".join(f"  - {failure}" for failure in failures))
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/sparsekern, by default ~/.cache/sparsekern."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sparsekern"
 
 
 def _in_folder(name: str, folder: Path) -> Files:

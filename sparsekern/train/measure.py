@@ -11,7 +11,6 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from ..functional import prepare
 from ..nn import SparseConv2d, SparseLayer
 from ..timing import Timing, interleaved
 from .loop import Trainer, as_format
@@ -66,7 +65,7 @@ def bytes_held(trainer: Trainer) -> dict[str, int]:
     trainer.loss(*trainer.batch()).backward()
     weights: list[Tensor] = list(trainer.model.parameters())
     layers = [m for m in trainer.model.modules() if isinstance(m, SparseLayer)]
-    plans = [plan for layer in layers for plan in prepare(layer.pattern, layer._kernel)]
+    plans = [tensor for layer in layers for tensor in layer._prepared()]
     state = (t for entries in trainer.optimizer.state.values() for t in entries.values() if isinstance(t, Tensor))
     groups: dict[str, list[Tensor]] = {
         "weights": weights,

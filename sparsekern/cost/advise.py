@@ -1,0 +1,179 @@
+"""What sparsity would bring to each layer of a model, before anything is pruned or timed: :func:`advise`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..eligible import convertible
+from ..prune.allocation import Blocksize
+from ..prune.allocation import blocksizes as pruned_blocksizes
+from ..weights import weight_matrix
+from .layers import work_of
+from .model import Work
+from .table import Table, current
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer in a training step: what it does, the products it takes, and the shape of its input.
+
+    A layer whose input needs no gradient, such as the first, takes no dgrad.
+    """
+
+    work: Work
+    products: tuple[str, ...]
+    input: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerAdvice:
+    """What one layer is predicted to take in a training step, called by itself: milliseconds on one thread.
+
+    Attributes:
+        name: as in ``model.named_modules()``.
+        shape: of the weight as a matrix.
+        dense_ms: torch's dense layer; None where nothing can be predicted.
+        blocksizes: {blocksize asked for: the one that pruning would give this layer}.
+        sparse_ms: {blocksize asked for: {sparsity: the sparse kernels}}.
+        break_even: {blocksize asked for: the sparsity from which on the kernels are faster than the dense layer; 0
+            where they always are, None where they never are}.
+        calls: of this layer in one training step.
+        reason: why nothing can be predicted, or None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dense_ms: float | None = None
+    blocksizes: Mapping[Blocksize, Blocksize] = field(default_factory=dict)
+    sparse_ms: Mapping[Blocksize, Mapping[float, float]] = field(default_factory=dict)
+    break_even: Mapping[Blocksize, float | None] = field(default_factory=dict)
+    calls: tuple[LayerCall, ...] = ()
+    reason: str | None = None
+
+
+def advise(
+    model: nn.Module,
+    example: Any,
+    *,
+    blocksizes: Sequence[Blocksize] = ((1, 1), (4, 1), (8, 8), (16, 16)),
+    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    table: Table | None = None,
+) -> list[LayerAdvice]:
+    """Predict what each Linear and Conv2d of ``model`` takes in a training step, dense and sparse.
+
+    Args:
+        model: a dense model. It runs once on the example, in evaluation mode, and is left as it was.
+        example: a batch of the size that matters: what the model is called with, or a tuple of it.
+        blocksizes: to be compared, each adjusted to every layer as pruning does it.
+        sparsities: fractions removed, in [0, 1).
+        table: coefficients of the cost model; by default those of this machine (``sparsekern calibrate``), or else
+            those that come with the package.
+
+    Returns:
+        A row for each layer that can be sparse, in the model's order.
+
+    Raises:
+        TypeError: ``model`` is no module, a blocksize no pair of integers.
+        ValueError: a blocksize below 1, a sparsity outside [0, 1).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for sparsity in sparsities:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsities must be fractions removed, in [0, 1), got {sparsity}")
+    own = {asked: pruned_blocksizes(model, asked) for asked in blocksizes}
+    calls = _record(model, example)
+    table = table or current()
+    rows = []
+    for name, layer in convertible(model)[0].items():
+        rows_columns = weight_matrix(layer.weight).shape
+        shape = (rows_columns[0], rows_columns[1])
+        reason = _why_not(layer, calls.get(layer, []))
+        if reason:
+            rows.append(LayerAdvice(name, shape, reason=reason))
+        else:
+            by_asked = {asked: own[asked][name] for asked in blocksizes}
+            rows.append(_predicted(name, shape, calls[layer], by_asked, sparsities, table))
+    return rows
+
+
+def _predicted(
+    name: str,
+    shape: tuple[int, int],
+    calls: Sequence[LayerCall],
+    blocksizes: Mapping[Blocksize, Blocksize],
+    sparsities: Sequence[float],
+    table: Table,
+) -> LayerAdvice:
+    dense = 1e3 * sum(table.predict(call.work.dense(call.products)) for call in calls)
+    times, even = {}, {}
+    for asked, blocksize in blocksizes.items():
+
+        def sparse(sparsity: float, blocksize: Blocksize = blocksize) -> float:
+            terms = (call.work.sparse(blocksize, 1 - sparsity, call.products) for call in calls)
+            return 1e3 * sum(table.predict(of_call) for of_call in terms)
+
+        times[asked] = {sparsity: sparse(sparsity) for sparsity in sparsities}
+        even[asked] = _break_even(sparse, dense)
+    return LayerAdvice(name, shape, dense, dict(blocksizes), times, even, tuple(calls))
+
+
+def _break_even(sparse: Callable[[float], float], dense: float) -> float | None:
+    """The least sparsity at which ``sparse`` takes no longer than ``dense``: by bisection, as its time only falls."""
+    low, high = 0.0, 1.0
+    if sparse(low) <= dense:
+        return low
+    if sparse(high) > dense:
+        return None
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if sparse(middle) > dense else (low, middle)
+    return high
+
+
+def _why_not(layer: nn.Linear | nn.Conv2d, calls: Sequence[LayerCall]) -> str | None:
+    weight = layer.weight
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return "it has groups, which the cost model does not know"
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return f"it is {weight.dtype} on {weight.device}; the cost model knows float32 on the CPU"
+    return None if calls else "the model did not call it"
+
+
+def _record(model: nn.Module, example: Any) -> dict[nn.Module, list[LayerCall]]:
+    """The calls of each layer while the model runs on the example."""
+    calls: dict[nn.Module, list[LayerCall]] = {}
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        (x,) = inputs
+        products = ("forward", *["dgrad"] * x.requires_grad, *["wgrad"] * layer.weight.requires_grad)
+        if x.numel():
+            call = LayerCall(work_of(layer, x.shape, output.shape), products, tuple(x.shape))
+            calls.setdefault(layer, []).append(call)
+
+    handles = [layer.register_forward_hook(record) for layer in convertible(model)[0].values()]
+    try:
+        with _evaluating(model), torch.enable_grad():
+            model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, where running changes nothing; every module is put back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,95 @@
+"""Timing many short calls on a machine that others use, too: :func:`time_calls`.
+
+Processor time of one thread, which leaves out what other processes take while they run; and, as those slow down what
+runs beside them by half or more, each time is compared with that of a yardstick (a small dense product) right before
+and after it. What comes out are times at the speed that the machine has when it is quiet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import torch
+
+MIN_ROUNDS = 3
+
+Key = TypeVar("Key", bound=Hashable)
+Call = Callable[[], object]
+
+
+def time_calls(
+    calls: Mapping[Key, Call], *, rounds: int, sample_seconds: float, limit_seconds: float, seed: int = 0
+) -> tuple[dict[Key, float], float]:
+    """Time calls on one thread, in turns, in a new random order every round.
+
+    Args:
+        calls: what to time; results are dropped.
+        rounds: samples of each.
+        sample_seconds: how long a sample, which is a median, should take; one call where a call takes longer.
+        limit_seconds: no further round is begun after this time, except for the first 3.
+        seed: of the order.
+
+    Returns:
+        {key: what it takes, in yardsticks}, medians over the rounds; and the seconds of the yardstick, at its 20 %
+        quantile. Multiply the two for seconds on the quiet machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yardstick = _yardstick()
+        repeats = {key: _repeats(call, sample_seconds) for key, call in calls.items()}
+        ratios: dict[Key, list[float]] = {key: [] for key in calls}
+        seconds, order, shuffle = [], list(calls), random.Random(seed).shuffle
+        start = time.perf_counter()
+        for done in range(rounds):
+            if done >= MIN_ROUNDS and time.perf_counter() - start > limit_seconds:
+                break
+            shuffle(order)
+            before = yardstick()
+            for key in order:
+                sample = statistics.median(_span(calls[key]) for _ in range(repeats[key]))
+                after = yardstick()
+                ratios[key].append(2 * sample / (before + after))
+                seconds.append(after)
+                before = after
+    finally:
+        torch.set_num_threads(threads)
+    quiet = sorted(seconds)[len(seconds) // 5]
+    return {key: statistics.median(of_key) for key, of_key in ratios.items()}, quiet
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library (glibc) to keep what is freed, for the rest of the process.
+
+    If left alone it gives large results back to the system and fetches them again, page by page, on each call. That
+    costs dense and sparse alike, varies, and hides the ratio; long-running programs reuse such memory.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        c = ctypes.CDLL(None)
+        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
+        for option, size in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)):
+            c.mallopt(option, size)
+
+
+def _yardstick() -> Callable[[], float]:
+    """A call that times a product of 64 x 256 by 256 x 256; the better of two, as the first may find no cache warm."""
+    a, b, c = torch.full((64, 256), 0.5), torch.full((256, 256), 0.5), torch.empty(64, 256)
+    return lambda: min(_span(lambda: torch.mm(a, b, out=c)) for _ in range(2))
+
+
+def _span(call: Call) -> float:
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
+
+
+def _repeats(call: Call, sample_seconds: float) -> int:
+    """Calls that fit a sample; the first one, which pays for what is set up lazily, does not count."""
+    call()
+    return max(1, round(sample_seconds / max(_span(call), 1e-6)))
