@@ -143,15 +143,21 @@ struct WeightGrad {
   Scratch scratch;
 };
 
+template <class T>
+struct Frozen;  // frozen.h
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
+  int vector_bytes;
   void (*forward32)(const Product<float>&);
   void (*forward64)(const Product<double>&);
   void (*conv_dgrad32)(const Product<float>&);
   void (*conv_dgrad64)(const Product<double>&);
   void (*wgrad32)(const WeightGrad<float>&);
   void (*wgrad64)(const WeightGrad<double>&);
+  void (*frozen32)(const Frozen<float>&);
+  void (*frozen64)(const Frozen<double>&);
 };
 
 // The set in use: the best the CPU has, or the one SPARSEKERN_CPU_ISA names. Chosen once, at load.

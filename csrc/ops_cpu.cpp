@@ -9,7 +9,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -17,44 +16,16 @@
 
 #include "bsr.h"
 #include "cpu/dispatch.h"
+#include "host.h"
 
+using sk::parallel;
+using sk::scratch;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
 namespace {
-
-// Below this many multiply-adds a second thread costs more than it saves (a few microseconds to wake).
-constexpr int64_t kMinWorkPerThread = 1 << 16;
-
-void parallel(int64_t tasks, int64_t work, void (*task)(void*, int64_t), void* context) {
-  const int64_t grain = kMinWorkPerThread / (work > 0 ? work : 1) + 1;
-  torch::stable::parallel_for(0, tasks, grain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) task(context, i);
-  });
-}
-
-struct Buffer {
-  void* data = nullptr;
-  size_t bytes = 0;
-  ~Buffer() { std::free(data); }
-};
-
-void* scratch(int slot, size_t bytes) {
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[slot];
-  if (buffer.bytes < bytes) {
-    std::free(buffer.data);
-    buffer.bytes = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(4096, buffer.bytes);
-    if (!buffer.data) {
-      buffer.bytes = 0;
-      STD_TORCH_CHECK(false, "sparsekern: no memory for ", bytes, " bytes of scratch");
-    }
-  }
-  return buffer.data;
-}
 
 sk::Plan read_plan(const Tensor& plan, int64_t rows, int64_t ks, const Tensor& values) {
   sk::Plan view;

@@ -12,6 +12,7 @@ from . import functional, isometry, models, nn, prune
 from .checkpoint import load_, save
 from .convert import densify_, sparsify_
 from .cost.advise import advise
+from .frozen import freeze
 from .nn import SparseConv2d, SparseLinear
 from .pattern import BlockPattern
 
@@ -21,6 +22,7 @@ __all__ = [
     "SparseLinear",
     "advise",
     "densify_",
+    "freeze",
     "functional",
     "isometry",
     "load_",

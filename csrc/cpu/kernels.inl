@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #if defined(__AVX2__)
@@ -10,6 +11,7 @@
 #endif
 
 #include "../bsr.h"
+#include "../frozen.h"
 #include "dispatch.h"
 
 namespace sk::SK_ISA {
@@ -24,6 +26,8 @@ namespace {
 #include "planes.inl"
 #include "wgrad.inl"
 #include "wide.inl"
+// Whole networks.
+#include "frozen.inl"
 
 template <class T>
 void forward(const Product<T>& p) {
@@ -57,12 +61,15 @@ void conv_dgrad(const Product<T>& p) {
 const Kernels& table() {
   static const Kernels kernels = {
       SK_STRING(SK_ISA),
+      SK_VECTOR_BYTES,
       [](const Product<float>& p) { forward(p); },
       [](const Product<double>& p) { forward(p); },
       [](const Product<float>& p) { conv_dgrad(p); },
       [](const Product<double>& p) { conv_dgrad(p); },
       [](const WeightGrad<float>& p) { WeightGradRun<float>(p).run(); },
       [](const WeightGrad<double>& p) { WeightGradRun<double>(p).run(); },
+      [](const Frozen<float>& f) { FrozenRun<float>(f).run(); },
+      [](const Frozen<double>& f) { FrozenRun<double>(f).run(); },
   };
   return kernels;
 }

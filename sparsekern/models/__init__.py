@@ -57,7 +57,7 @@ def init_(model: nn.Module, generator: torch.Generator | None = None) -> None:
                 module.bias.zero_()
 
 
-class _Images(nn.Module):
+class Images(nn.Module):
     """[N, 784] or [N, 1, 28, 28] to [N, 1, 28, 28]."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _lenet_5_caffe(scaled: Callable[[int], int]) -> nn.Sequential:
     c1, c2, h = scaled(20), scaled(50), scaled(500)
     return nn.Sequential(
         OrderedDict(
-            images=_Images(),
+            images=Images(),
             conv1=nn.Conv2d(1, c1, 5),
             pool1=nn.MaxPool2d(2),
             conv2=nn.Conv2d(c1, c2, 5),
@@ -99,7 +99,7 @@ def _simple_cnn(scaled: Callable[[int], int]) -> nn.Sequential:
     c1, c2 = scaled(32), scaled(64)
     return nn.Sequential(
         OrderedDict(
-            images=_Images(),
+            images=Images(),
             conv1=nn.Conv2d(1, c1, 5),
             relu1=nn.ReLU(),
             pool1=nn.MaxPool2d(2),
