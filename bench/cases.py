@@ -96,9 +96,16 @@ class Case:
     def sparse(self, pattern: BlockPattern) -> SparseLinear | SparseConv2d:
         """The layer with random values in the blocks of ``pattern``."""
         if not self.is_conv:
-            return SparseLinear(self.weight[1], self.weight[0], pattern=pattern)
+            return SparseLinear(self.weight[1], self.weight[0], pattern=pattern, backend="cpu")
         return SparseConv2d(
-            self.input[1], self.weight[0], self.kernel, self.stride, self.padding, groups=self.groups, pattern=pattern
+            self.input[1],
+            self.weight[0],
+            self.kernel,
+            self.stride,
+            self.padding,
+            groups=self.groups,
+            pattern=pattern,
+            backend="cpu",
         )
 
 

@@ -1,4 +1,4 @@
-"""``python -m bench.predict``: how far the cost model is off for the layers of the benchmark, which it never saw."""
+"""``python -m bench.predict``: how far the cost model is off for the layers of this benchmark, new to calibration."""
 
 from __future__ import annotations
 

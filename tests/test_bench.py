@@ -238,6 +238,11 @@ def test_full_cover_has_every_value_of_every_axis(bench):
     assert {bench.cases.CASES[name].batch for name in cases} >= {1, 32, 256}
 
 
+def test_readme_says_how_much_that_is(bench):
+    text = (ROOT / "bench" / "README.md").read_text()
+    assert f"{bench.run.count(bench.cover.FULL)} groups" in text and f"({len(bench.cases.CASES)} layers" in text
+
+
 def test_only(bench):
     cover, only = bench.cover.QUICK, bench.cover.only
     assert only(cover, ["lenet-300-100-fc1"], []).parts == (replace(cover.parts[0], cases=("lenet-300-100-fc1",)),)

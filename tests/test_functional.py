@@ -33,9 +33,11 @@ def forward_and_gradients(p: Problem, backend: Any, x: Tensor | None = None) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_backends_agree_exactly_on_integers(dtype: torch.dtype) -> None:
     for p in problems(dtype):
-        for a, b in zip(forward_and_gradients(p, "cpu"), forward_and_gradients(p, "reference"), strict=True):
-            assert torch.equal(a, b), p.name
-            assert not a.isnan().any(), p.name
+        kernels = forward_and_gradients(p, "cpu")
+        for backend in ("dense", "reference"):
+            for a, b in zip(kernels, forward_and_gradients(p, backend), strict=True):
+                assert torch.equal(a, b), p.name
+                assert not a.isnan().any(), p.name
 
 
 @every_backend
@@ -96,6 +98,7 @@ def test_third_derivatives() -> None:
         return torch.autograd.grad(y, values)[0]
 
     torch.testing.assert_close(third("cpu"), third("reference"))
+    torch.testing.assert_close(third("cpu"), third("dense"))
 
 
 @pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])

@@ -24,8 +24,8 @@ VECTORS = 3  # of samples in a tile
 LINE = 64  # bytes of a cache line
 ALIGN = 8  # vectors that places in the arena are multiples of
 NOWHERE = (0, 0, 0, 0, 0)
-SPAN_BYTES = 16 * 1024
-SPAN_STEPS = 6
+SPAN_BYTES = 24 * 1024  # activations that stay in the first-level cache beside the outputs
+SPAN_STEPS = 20  # below, a span's prologue weighs more than misses do: it may be twice as long
 PIECE = 512  # terms of one sum; pieces are summed up, so that rounding errors grow as those of dense products do
 
 
