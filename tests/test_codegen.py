@@ -29,7 +29,7 @@ CLANG = next(
 CROSS = "aarch64-linux-gnu-g++"
 TARGETS = [
     ("g++", "avx2"),
-    ("g++", "avx512"),
+    pytest.param("g++", "avx512", marks=pytest.mark.slow),
     pytest.param(CLANG, "avx2", marks=pytest.mark.slow),
     pytest.param(CLANG, "avx512", marks=pytest.mark.slow),
     pytest.param(CROSS, "neon", marks=pytest.mark.slow),
@@ -146,12 +146,10 @@ def statements() -> dict[str, tuple[list[str], str, str]]:
 def complaints(functions: dict[str, list[Instruction]]) -> Iterator[str]:
     """What is worse than stated, of every micro-kernel among the functions."""
     stated = statements()
-    seen = set()
     for name, function in functions.items():
         tile = re.search(r"(\w+_kernel)<([^>]*)>", name)
         if not tile:
             continue
-        seen.add(tile[1])
         if tile[1] not in stated:
             yield f"{tile[0]}: no Codegen line"
             continue
@@ -170,8 +168,6 @@ def complaints(functions: dict[str, list[Instruction]]) -> Iterator[str]:
             # A sum kept in memory may also be stored through a pointer to the stack.
             if spills(function, loop) or any(i.stores for i in loop):
                 yield f"{tile[0]}: a vector is spilled"
-    for kernel in stated.keys() - seen:
-        yield f"{kernel}: not in {SOURCE.name}"
 
 
 def compile_kernels(compiler: str, isa: str, folder: Path, *more: str) -> dict[str, list[Instruction]]:
@@ -187,23 +183,26 @@ def compile_kernels(compiler: str, isa: str, folder: Path, *more: str) -> dict[s
 
 @pytest.mark.parametrize("compiler, isa", TARGETS)
 def test_micro_kernels_are_as_stated(compiler: str, isa: str, tmp_path: Path) -> None:
-    assert list(complaints(compile_kernels(compiler, isa, tmp_path))) == []
+    found = compile_kernels(compiler, isa, tmp_path)
+    assert {kernel for kernel in statements() if not any(f"{kernel}<" in name for name in found)} == set()
+    assert list(complaints(found)) == []
 
 
 def test_a_tile_with_more_sums_than_registers_is_seen(tmp_path: Path) -> None:
-    found = compile_kernels("g++", "avx2", tmp_path, "-DMORE_TILES=TILE(strip_kernel,4,4)")
-    tiles = {line.rpartition(": ")[0] for line in complaints(found) if line.endswith("spilled")}
+    found = compile_kernels("g++", "avx2", tmp_path, "-DTILES=TILE(strip_kernel,4,4)")
+    tiles = {line.partition(": ")[0] for line in complaints(found) if line.endswith("spilled")}
     assert tiles == {"strip_kernel<float, 4, 4>", "strip_kernel<double, 4, 4>"}
 
 
 def test_a_load_more_than_stated_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compile_kernels("g++", "avx2", tmp_path)
+    found = compile_kernels("g++", "avx2", tmp_path, "-DTILES=TILE(strip_kernel,4,3),TILE(dot_kernel,1,8)")
     fewer = {kernel: (names, fmas, f"{loads} - 1") for kernel, (names, fmas, loads) in statements().items()}
     monkeypatch.setattr(sys.modules[__name__], "statements", lambda: fewer)
-    tiles = {line.rpartition(": ")[0] for line in complaints(found) if "loads; stated are" in line}
-    assert len(tiles) == len(found) > 30
+    tiles = {line.partition(": ")[0] for line in complaints(found) if "loads; stated are" in line}
+    assert len(tiles) == len(found) == 4
 
 
+@pytest.mark.slow
 def test_the_built_library_has_no_spill() -> None:
     """The micro-kernels as they are, inlined into what surrounds them."""
     library = Path(sparsekern.__file__).with_name("_C_cpu.so")

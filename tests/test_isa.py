@@ -105,7 +105,12 @@ def test_vectors_of_64_bytes_are_exact_and_stay_in_bounds(tmp_path: Path) -> Non
     """The source of AVX-512, each of its vectors made of two of AVX2: masks, transposes and tails of 16 lanes."""
     if not X86 or "avx2" not in (name for name, there in zip(NAMES, SUPPORTED, strict=True) if there):
         pytest.skip("this processor has no AVX2")
-    kernels = {"kernels_avx512.cpp": ["-mavx2", "-mfma", "-Wno-psabi"]}
+    kernels = {
+        "kernels_avx512.cpp": [
+            "-mavx2",
+            "-mfma",
+        ]
+    }
     table = ["-DSK_ISA=avx512", "-DKERNELS=sk::avx512::table"]
     sanitized = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     driver = native_driver.build("g++", tmp_path, kernels, *table, *sanitized)

@@ -69,18 +69,10 @@ SK_INLINE Vec<T> load_once(const T* p) {
   return v;
 }
 
-// acc + a * b in one instruction, and nothing else: left to itself, g++ turns a load shared by four of them into four.
+// acc + a * b, one instruction where there is one. Loads that several of them share must be opaque (load_once).
 template <class T>
 SK_INLINE Vec<T> fma(Vec<T> acc, Vec<T> a, Vec<T> b) {
-#if defined(__FMA__) && defined(SK_X86_REGISTERS)
-  if constexpr (sizeof(T) == 4)
-    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  else
-    asm("vfmadd231pd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  return acc;
-#else
   return acc + a * b;
-#endif
 }
 
 // acc + a * (the vector at p, which is aligned where the instruction set asks for it): the load is part of the

@@ -50,6 +50,9 @@ struct Function<F> {
 // Or the compiler would leave them out.
 extern void* const micro_kernels[];
 void* const micro_kernels[] = {
+#ifdef TILES
+    TILES
+#else
     TILE(strip_kernel, 4, 3), TILE(strip_kernel, 4, 2), TILE(strip_kernel, 4, 1),
     TILE(strip_kernel, 3, 3), TILE(strip_kernel, 3, 2), TILE(strip_kernel, 3, 1),
     TILE(strip_kernel, 2, 3), TILE(strip_kernel, 2, 2), TILE(strip_kernel, 2, 1),
@@ -70,8 +73,6 @@ void* const micro_kernels[] = {
     TILE(whole::wide_kernel, 3, 2, true), TILE(whole::wide_kernel, 3, 2, false), TILE(whole::wide_kernel, 3, 1, false),
     TILE(whole::wide_kernel, 2, 2, true), TILE(whole::wide_kernel, 2, 2, false), TILE(whole::wide_kernel, 2, 1, false),
     TILE(whole::wide_kernel, 1, 2, true), TILE(whole::wide_kernel, 1, 2, false), TILE(whole::wide_kernel, 1, 1, false),
-#ifdef MORE_TILES
-    MORE_TILES
 #endif
 };
 
