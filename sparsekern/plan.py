@@ -101,7 +101,8 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     # How many neighbouring k always come together, with neighbouring weights.
     run = math.gcd(bw, group_inputs)
     width = WGRAD_SPAN_VECTORS if run >= 8 else WGRAD_SPAN
-    span = max(width // taps // WIDE_ROWS, 1) * WIDE_ROWS if run >= 8 else max(width // taps, 1)
+    unit = WIDE_ROWS if run >= 8 else run  # neighbours stay together
+    span = max(width // taps // unit, 1) * unit
     wgrad = _strip_plan(
         by_output, output_starts, outputs, taps * inputs, bw, size, overhang, channels=inputs, span=span, run=run
     )

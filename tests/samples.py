@@ -301,6 +301,8 @@ def wide_problems(dtype: torch.dtype = torch.float64, full: bool = False, intege
         (Geometry(16, 16, (5, 5), (2, 3), padding=(4, 3)), (16, 8), (2,)),
         (Geometry(64, 48, (3, 3), (4, 4), stride=(3, 2), padding=(1, 0)), (8, 32), (3,)),
         (Geometry(300, 16, (1, 2), (2, 9)), (16, 1), (1,)),
+        (Geometry(32, 8, (7, 7), (4, 3), padding=(3, 3)), (4, 4), (2,)),
+        (Geometry(64, 8, (7, 5), (7, 9), stride=(2, 2), padding=(3, 2), groups=2), (16, 6), (1,)),
     ]
     for i, (layer, blocksize, batch) in enumerate(cases):
         geometry = layer if isinstance(layer, Geometry) else None

@@ -165,7 +165,8 @@ class WeightGradRun {
     identity_ = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p.window.grid[0], p.window.grid[1]}, false};
     channels_ = std::max<int64_t>(std::min(plan_.span_channels, p.in.channels), 1);
     // Whole images, unless they are too large for it.
-    outer_ = plan_.run % L == 0 && taps_ <= kMaxTaps && channels_ * area_ * int64_t(sizeof(T)) <= 4 * kSpanBytes;
+    outer_ = plan_.run % L == 0 && (plan_.span_channels % L == 0 || plan_.spans == 1) && taps_ <= kMaxTaps &&
+             channels_ * area_ * int64_t(sizeof(T)) <= 4 * kSpanBytes;
     if (outer_) {
       pixels_ = p.in.images;  // whole images
       lanes_ = std::clamp<int64_t>(kSpanBytes / int64_t(sizeof(T)) / (channels_ * area_), 1, 64);
