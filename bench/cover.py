@@ -61,10 +61,8 @@ FULL = Cover(
         ),
         Part(("linear-1024x4096x4096",), MAIN, (0.9, 0.95, 0.98), PRODUCTS),
         # Other batches.
-        Part(
-            ("linear-1x1024x1024", "linear-32x1024x1024", "conv3x3-128@16-batch1", "conv3x3-128@16-batch256"),
-            compiled=True,
-        ),
+        Part(("linear-1x1024x1024", "linear-32x1024x1024", "conv3x3-128@16-batch1"), compiled=True),
+        Part(("conv3x3-128@16-batch256",), ((1, 1), (8, 8))),
         # Other layers of real networks.
         Part(
             ("lenet-300-100-fc2", "lenet-5-fc1", "transformer-mlp-up", "transformer-mlp-down", "vit-b-qkv",
