@@ -24,7 +24,7 @@ def test_images_and_flattened_images_give_the_same(name):
 
 def test_lenet_5_caffe_has_no_relu_after_its_convolutions():
     kinds = [type(module).__name__ for module in models.build("lenet-5-caffe").children()]
-    assert kinds == ["_Images", "Conv2d", "MaxPool2d", "Conv2d", "MaxPool2d", "Flatten", "Linear", "ReLU", "Linear"]
+    assert kinds == ["Images", "Conv2d", "MaxPool2d", "Conv2d", "MaxPool2d", "Flatten", "Linear", "ReLU", "Linear"]
 
 
 def test_vgg_d_has_the_size_of_the_paper():
