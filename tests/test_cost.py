@@ -228,8 +228,8 @@ def test_times_are_those_of_the_quiet_machine(monkeypatch):
 def test_calibrating_measures_every_coefficient(monkeypatch):
     """Of a set of tiny layers, for real; threads and random numbers are put back."""
     monkeypatch.setattr(calibrate, "LINEAR", [(16 + n, 17, 3) for n in range(6)])
-    convs = [(1, 5), (3, 8), (8, 16), (9, 4), (10, 5), (16, 16)]
-    monkeypatch.setattr(calibrate, "CONV", [(c_in, c_out, 3, 4, 2, 1 + i % 2) for i, (c_in, c_out) in enumerate(convs)])
+    convs = [(1, 5, 3), (3, 8, 3), (8, 16, 1), (9, 4, 3), (10, 5, 3), (16, 16, 1)]
+    monkeypatch.setattr(calibrate, "CONV", [(*conv, 4, 2, 1 + i % 2) for i, conv in enumerate(convs)])
     monkeypatch.setattr(calibrate, "ROUNDS", 1)
     monkeypatch.setattr(calibrate, "SAMPLE_SECONDS", 0.0)
     torch.set_num_threads(2)

@@ -10,7 +10,8 @@ coefficients, too, say whose they are: ``linear`` or ``conv2d``, then
 ``sparse``, the kernels
     call; in, out; value (stored weights); fma1, fma2, fma4, fma16 (multiply-adds of stored weights, by the rows that
     share an activation: the height of blocks in forward and wgrad, their width in dgrad); pack (activations copied for
-    each tap; gather in its place where strided, wide where 16 rows share them); line (as pack, but lines of pixels)
+    each tap; in its place gather where strided, copy for kernels of 1x1, wide where 16 rows of a linear layer share
+    them); line (as pack, but lines of pixels)
 ``scatter``, what ``backend="dense"`` does beside the dense layer
     call; weight; value
 
@@ -99,7 +100,8 @@ class Work:
             if self.kind == "linear":
                 terms["wide" if rows == 16 and product != "wgrad" else "pack"] = columns * self.positions
             else:
-                terms["gather" if self.strided else "pack"] = columns * self.positions
+                way = "gather" if self.strided else "pack" if self.taps > 1 else "copy"
+                terms[way] = columns * self.positions
                 terms |= {"in": self.points * self.inputs, "line": columns * self.lines if self.taps > 1 else 0}
             named[product] = terms
         return self._named("sparse", named)
@@ -127,7 +129,12 @@ def _names() -> frozenset[str]:
     """Every coefficient there is."""
     layers = [
         Work.linear(1, 1, 1),
-        *(Work.conv2d(1, channels, (3, 3), 1, (1, 1), (1, 1), s) for channels in (1, VECTOR) for s in (False, True)),
+        *(
+            Work.conv2d(1, channels, (kernel, kernel), 1, (1, 1), (1, 1), strided)
+            for channels in (1, VECTOR)
+            for kernel in (1, 3)
+            for strided in (False, True)
+        ),
     ]
     blocks = [(height, height) for height in (1, 2, 4, 16)]
     names = {name for work in layers for block in blocks for name in work.sparse(block, 1.0)}

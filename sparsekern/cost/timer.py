@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-MIN_ROUNDS = 3
+MIN_ROUNDS = 2
 
 Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], object]
@@ -32,7 +32,7 @@ def time_calls(
         calls: what to time; results are dropped.
         rounds: samples of each.
         sample_seconds: how long a sample, which is a median, should take; one call where a call takes longer.
-        limit_seconds: no further round is begun after this time, except for the first 3.
+        limit_seconds: no further round is begun after this time, except for the first 2.
         seed: of the order.
 
     Returns:
