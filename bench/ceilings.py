@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+
+from sparsekern import info
 
 # Sizes of buffers that stand for the levels of the memory hierarchy: L1, L2, L3, and memory itself.
 SIZES = (16 << 10, 256 << 10, 4 << 20, 256 << 20)
@@ -39,10 +40,9 @@ class Ceilings:
 
 def measure_ceilings(threads: Sequence[int], seconds: float = 0.05) -> Ceilings:
     """Of one to several threads at once, each with a buffer of its own; medians of several tries."""
-    try:
-        native = importlib.import_module("sparsekern._native")
-    except ImportError as error:
-        return Ceilings(f"not measured: {error}")
+    native = info.native_module()
+    if native is None:
+        return Ceilings("not measured: sparsekern._native is not built")
     gflops, gb_s = {}, {}
     for n in threads:
         gflops[n] = _together(n, lambda: native.fma_peak(seconds)[0])

@@ -1,4 +1,8 @@
-"""Whole networks: one training step (forward, backward, optimizer), dense against pruned by SNIP."""
+"""Whole networks: one training step (forward, backward, optimizer), dense against pruned by SNIP.
+
+The sparse layers have ``backend="auto"``, as ``sparsify_`` makes them: what users get. Some may thus run dense, where
+the cost model expects that to be faster; rows of single layers (``cases.py``) are always of the sparse kernels.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ class Network:
 
     @property
     def images(self) -> tuple[int, ...]:
-        return (self.batch, 3, 32, 32) if self.model in models.COLOUR_NAMES else (self.batch, 1, 28, 28)
+        return (self.batch, *models.image_shape(self.model))
 
 
 NETWORKS = {

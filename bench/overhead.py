@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +30,18 @@ def calls(dense: nn.Linear | nn.Conv2d, x: Tensor) -> dict[str, tuple[Call, Call
     rows, columns = dense.weight.shape[0], dense.weight[0].numel()
     p = BlockPattern.from_mask(torch.ones(rows // 4, columns // 4, dtype=torch.bool), (4, 4))
     if isinstance(dense, nn.Conv2d):
-        kernel, *more = conv = (dense.kernel_size, dense.stride, dense.padding, dense.dilation, dense.groups)
+        conv: tuple[Any, ...] = (dense.kernel_size, dense.stride, dense.padding, dense.dilation, dense.groups)
+        kernel, *more = conv
         layer: SparseLinear | SparseConv2d = SparseConv2d.from_dense(dense, p)
         plans, op = functional.prepare(p, (*kernel, dense.groups)), torch.ops.sparsekern.bsr_conv2d.default
-        rest = (*plans[:3], rows, *conv, False)
+        rest: tuple[Any, ...] = (*plans[:3], rows, *conv, False)
         theirs = lambda w, b: F.conv2d(x, w, b, *more)  # noqa: E731
         ours = lambda v, b: functional.bsr_conv2d(x, v, p, b, *more, kernel_size=kernel)  # noqa: E731
     else:
         layer = SparseLinear.from_dense(dense, p)
         op, rest = torch.ops.sparsekern.bsr_linear.default, (*functional.prepare(p)[:3], rows)
         theirs, ours = partial(F.linear, x), lambda v, b: functional.bsr_linear(x, v, p, b)
+    assert dense.bias is not None
     w, v, b, grad = dense.weight.data, layer.values.data, dense.bias.data, torch.randn_like(dense(x))
     xg = x.clone().requires_grad_()
     return {
@@ -64,6 +67,7 @@ def faults(call: Call, repeats: int = 100) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     table = Table("layer", "call", "dense us", "sparse us", "dense / sparse", "page faults", title="per call, 1 thread")
+    layers: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, ...]]]
     layers = {"linear": (nn.Linear(8, 8), (8, 8)), "conv2d": (nn.Conv2d(4, 4, 3, padding=1), (1, 4, 4, 4))}
     layers["1 MiB"] = (nn.Linear(8, 512), (512, 8))
     for name, (module, shape) in layers.items():

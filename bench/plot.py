@@ -103,6 +103,7 @@ def tables(rows: Sequence[Row], header: dict[str, Any], sparsity: float) -> str:
         networks = [row for row in mine if row["product"] == "step"]
         if networks:
             about = f"Training steps of whole networks, {threads} thread{'s' if threads > 1 else ''}"
+            about += '; layers choose their kernels (`backend="auto"`)'
             texts += [f"{about}; speed-up, what the kept multiply-adds allow, share of it:", network_table(networks)]
     return "\n\n".join([*texts, losses(rows)])
 

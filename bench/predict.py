@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from sparsekern.cost import advise, check, show, table, timer
+from sparsekern.cost import advise, check, show, table
+from sparsekern.timing import keep_freed_memory
 
 from .cases import CASES
 
@@ -19,7 +20,7 @@ MOST_MULTIPLY_ADDS = 2e9  # of a forward; larger cases take minutes
 
 def main() -> int:
     console, holds = Console(), table.current()
-    timer.keep_freed_memory()
+    keep_freed_memory()
     checked: list[check.Checked] = []
     for seed, case in enumerate(CASES.values()):
         rows = case.output[0] * (case.output[2] * case.output[3] if case.is_conv else 1)

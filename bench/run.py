@@ -7,8 +7,6 @@ memory layouts, eager and compiled, and the fastest is the baseline.
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import BlockPattern, info
+from sparsekern.timing import keep_freed_memory
 
 from .cases import CASES, Calls, Case, Tensors, compiled_calls, dense_calls, exact, sparse_calls
 from .compare import Job, Version, Way, compare, times, use_threads
@@ -71,17 +70,8 @@ def networks(cover: Cover) -> list[Network]:
 
 
 def machine() -> dict[str, Any]:
-    """``info.collect()``, and a line on memory. Call once before measuring: it sets what that line says.
-
-    Large results are given back to the system and fetched again, page by page, on each call if the C library is left
-    alone. This costs dense and sparse alike, varies, and hides the ratio; long-running programs reuse such memory.
-    """
-    malloc = "as the system sets it"
-    if platform.libc_ver()[0] == "glibc":
-        c = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
-        if all(c.mallopt(option, size) for option, size in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28))):
-            malloc = "glibc told to keep freed memory"
+    """``info.collect()``, and a line on memory. Call once before measuring: it sets what that line says."""
+    malloc = "glibc told to keep freed memory" if keep_freed_memory() else "as the system sets it"
     return info.collect() | {"malloc": malloc}
 
 

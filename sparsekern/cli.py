@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 INTERRUPTED = 130
 # Drawing progress costs about a millisecond.
 REDRAW_SECONDS = 0.2
+WIDEST = 10_000  # characters: wider than any table
+ELLIPSIS = "…"  # what stands in a cell that was cut
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="measure this machine for `advise` and backend=auto (under 30 s)")
     calibrate.add_argument("--out", type=Path, metavar="FILE", help="default: where backend=auto looks for it")
     advise = commands.add_parser("advise", help="predict what sparsity brings to each layer of a network")
-    advise.add_argument("--model", choices=models.NAMES, default=Settings.model, help=default)
+    advise.add_argument("--model", choices=models.NAMES + models.COLOUR_NAMES, default=Settings.model, help=default)
     advise.add_argument("--batch", type=_positive, default=Settings.batch_size, metavar="N", help=default)
     advise.add_argument(
         "--blocksizes", type=_blocksize, nargs="+", default=[(1, 1), (4, 1), (8, 8), (16, 16)], metavar="HxW",
@@ -124,7 +127,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
             result, code = run(settings, ["sparsekern", *words], live.show), 0
     except Interrupted as stopped:
         result, code = stopped.result, INTERRUPTED
-    console.print(report.run_table(result))
+    _print_whole(console, report.run_table(result))
     lines = [f"results and plots: {settings.out}"]
     if result["model_file"]:
         name, epoch = result["model_file"]["name"], result["model_file"]["epoch"]
@@ -137,7 +140,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
 def _summary(options: argparse.Namespace, console: Console) -> int:
     from . import report
 
-    console.print(report.summary_table(options.folders))
+    _print_whole(console, report.summary_table(options.folders))
     return 0
 
 
@@ -156,10 +159,11 @@ def _info(options: argparse.Namespace, console: Console) -> int:
 
 
 def _calibrate(options: argparse.Namespace, console: Console) -> int:
-    from .cost import table, timer
+    from .cost import table
     from .cost.calibrate import calibrate
+    from .timing import keep_freed_memory
 
-    timer.keep_freed_memory()
+    keep_freed_memory()
     file = options.out or table.path()
     with console.status("") as status:
         measured = calibrate(lambda note: status.update(note))
@@ -168,6 +172,11 @@ def _calibrate(options: argparse.Namespace, console: Console) -> int:
         f"{file}: measured in {measured.seconds:.0f} s; median error of the fit {measured.error:.1%}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+    if measured.busy:
+        console.print(
+            f"WARNING: the machine was busy ({measured.busy}): repeat this when it is quiet",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     return 0
 
 
@@ -175,16 +184,32 @@ def _advise(options: argparse.Namespace, console: Console) -> int:
     import torch
 
     from . import models
-    from .cost import advise, check, show, table, timer
+    from .cost import advise, check, show, table
+    from .timing import keep_freed_memory
 
     model, holds = models.build(options.model), table.current()
-    example = torch.zeros(options.batch, *models.IMAGE)
+    image = models.image_shape(options.model)
+    example = torch.zeros(options.batch, *image)
     rows = advise.advise(model, example, blocksizes=options.blocksizes, sparsities=options.sparsities)
-    console.print(show.advice_table(rows, holds))
+    console.print(
+        f"{options.model}, batch size {options.batch}, images of {'x'.join(map(str, image))}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    _print_whole(console, show.advice_table(rows, holds))
     if options.check:
-        timer.keep_freed_memory()
-        console.print(show.check_table(list(check.check(model, rows, holds))))
+        keep_freed_memory()
+        _print_whole(console, show.check_table(list(check.check(model, rows, holds))))
     return 0
+
+
+def _print_whole(console: Console, shown: RenderableType) -> None:
+    """Print tables uncut: where a terminal is too narrow for that, and everywhere else, at their full width."""
+    with console.capture() as captured:
+        console.print(shown)
+    if not console.is_terminal or ELLIPSIS in captured.get():
+        full = Measurement.get(console, console.options.update_width(WIDEST), shown).maximum
+        console.size = ConsoleDimensions(max(console.width, full), console.height)
+    console.print(shown)
 
 
 class _Live:

@@ -97,6 +97,12 @@ class Report:
                 f"speed-up: of a training step against torch's dense layer, with {cost.NOMINAL}, predicted by "
                 f"{current().source()}"
             )
+        if any(row.speedup is not None and row.speedup < 0.995 for row in self.converted):
+            lines.append(
+                'below 1x: backend="auto" runs the faster of the sparse kernels ("cpu") and of torch\'s product with a '
+                'dense weight that the values are first written into ("dense"); a dense layer, which need not write '
+                "them, is expected to be faster than both: where only time counts, leave it out of patterns"
+            )
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 

@@ -1,9 +1,10 @@
-"""Which layers of a model can become sparse, and why the others cannot."""
+"""Which layers of a model can become sparse, and why the others cannot; and how to call one on an example."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,19 @@ def _hook_reason(module: nn.Module) -> str | None:
     if any(hooks):
         return "it has state_dict hooks, which may expect a weight"
     return None
+
+
+def call_with_example(model: nn.Module, *example: Any) -> Any:
+    """``model(*example)``; what it raises becomes a ValueError that names the argument ``example``."""
+    try:
+        return model(*example)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kinds = [
+            f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in example
+        ]  # fmt: skip
+        raise ValueError(
+            f"example must be what the model can be called with, got {', '.join(kinds)}; the model says: {error}"
+        ) from error
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ def collect() -> dict[str, Any]:
     Raises:
         ValueError: the environment variable ``SPARSEKERN_CPU_ISA`` names no instruction set that this CPU has.
     """
-    native = _native()
+    native = native_module()
     return {
         "sparsekern": __version__,
         "torch": torch.__version__,
@@ -93,7 +93,7 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sparsekern"
 
 
-def _native() -> Any:
+def native_module() -> Any:
     """The compiled module, typed Any because a type checker cannot see into it; None where it is not built."""
     try:
         return importlib.import_module("sparsekern._native")

@@ -48,6 +48,8 @@ STRIP, SELL, NONE = 0, 1, 2
 STRIP_ROWS = 4  # rows that share one load of X: the register tile of the kernels
 SEGMENT_ROWS = 128  # rows whose outputs stay in the first-level cache
 WIDE_ROWS = 16
+# Kernels keep rows of X as 32-bit offsets in bytes; a row has 3 vectors of at most 64 bytes.
+MAX_ROWS_OF_X = 2**32 // (3 * 64) - 1
 SPAN = 256  # rows of X that stay in the first-level cache; longer where rows of W are so empty that starting them rules
 # Of wgrad: X of so many rows stays in the second-level cache, for as many pixels as make a long sum; where weights come
 # in vectors of neighbours (of at least 8), which need no long sums, more rows are worth more.
@@ -68,13 +70,22 @@ class Plans(NamedTuple):
 
 
 def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
-    """Plans of the three products for a linear layer, or for a convolution of ``kernel`` = (kh, kw, groups)."""
+    """Plans of the three products for a linear layer, or for a convolution of ``kernel`` = (kh, kw, groups).
+
+    Raises:
+        ValueError: a layer too large for the kernels' indices.
+    """
     kh, kw, groups = kernel or (1, 1, 1)
     taps = kh * kw
     outputs, columns = pattern.shape
     group_outputs, group_inputs = outputs // groups, columns // taps
     inputs = group_inputs * groups
     bh, bw = pattern.blocksize
+    if taps * max(inputs, outputs) > MAX_ROWS_OF_X:
+        raise ValueError(
+            f"inputs and outputs of a layer, times the taps of its kernel, must be at most {MAX_ROWS_OF_X:,} each, "
+            f"got {taps * inputs:,} and {taps * outputs:,}"
+        )
 
     # One (output, input, tap, index of its value) per weight.
     rows, cols, index = _weights(pattern)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import random
 import resource
 import statistics
@@ -76,6 +78,19 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
     down for a while, both samples of a round are slow and their ratio still holds.
     """
     return _quantiles([s / f for s, f in zip(slow.samples, fast.samples, strict=True)])
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library (glibc) to keep what is freed, for the rest of the process; returns whether it does.
+
+    If left alone it gives large results back to the system and fetches them again, page by page, on each call. That
+    costs dense and sparse alike, varies, and hides the ratio; long-running programs reuse such memory.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    c = ctypes.CDLL(None)
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
+    return all(c.mallopt(option, size) for option, size in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)))
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:

@@ -408,6 +408,17 @@ def test_break_even_is_where_the_line_crosses(bench):
     assert crossing([(2.0, 1.5), (4.0, 0.5)]) == (4.0, False)
 
 
+def test_frozen_networks_are_compared_with_the_peak(bench, monkeypatch):
+    frozen = importlib.import_module("bench.frozen")
+    monkeypatch.setattr(frozen, "interleaved", functools.partial(interleaved, rounds=5, sample_seconds=1e-4))
+    native = SimpleNamespace(fma_peak=lambda seconds: (1e9, "isa"))  # so fast that no network reaches 1 % of it
+    monkeypatch.setitem(sys.modules, "sparsekern._native", native)
+    with torch.no_grad():
+        assert frozen.row("lenet-300-100", 0.9, (8, 8)).split()[-1] == "0%"
+        monkeypatch.setitem(sys.modules, "sparsekern._native", None)
+        assert frozen.row("lenet-300-100", 0.9, (8, 8)).split()[-1] == "-"
+
+
 def test_markers_must_be_there(bench, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("nothing to replace\n")

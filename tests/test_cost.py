@@ -12,7 +12,7 @@ from test_dense import prices
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import cli, cost, ops
+from sparsekern import cli, cost, models, ops
 from sparsekern.cost import calibrate, check, show, table, timer
 from sparsekern.cost.fit import Measurement, fit, nonnegative_least_squares
 from sparsekern.cost.model import NAMES, PRODUCTS, Work
@@ -135,6 +135,7 @@ def test_where_a_calibration_is_kept(tmp_path, monkeypatch):
         (lambda data: data | {"format": 2}, "is damaged: expected an object with format 1"),
         (lambda data: data | {"machine": {}}, "is damaged: machine must hold cpu, isa"),
         (lambda data: data | {"seconds": None}, "is damaged: seconds, error and yardstick must be numbers"),
+        (lambda data: data | {"busy": 1}, "is damaged: busy must be a text"),
         (lambda data: data | {"coefficients": {}}, "is damaged: its coefficients are not those of"),
         (lambda data: with_price(data, -1.0), "call must be a number of at least 0, got -1.0"),
         (lambda data: with_price(data, math.nan), "call must be a number of at least 0, got nan"),
@@ -208,7 +209,7 @@ def test_times_are_those_of_the_quiet_machine(monkeypatch):
 
     def takes(seconds):
         def call():
-            now[0] += seconds * (3 if now[0] % 2 > 1 else 1)
+            now[0] += seconds * (3 if now[0] % 0.2 > 0.1 else 1)
 
         return call
 
@@ -220,8 +221,9 @@ def test_times_are_those_of_the_quiet_machine(monkeypatch):
     monkeypatch.setattr(timer.time, "thread_time", lambda: now[0])
     monkeypatch.setattr(timer, "_yardstick", lambda: yardstick)
     calls = {"a": takes(0.02), "b": takes(0.0005)}
-    times, seconds = timer.time_calls(calls, rounds=40, sample_seconds=0.002, limit_seconds=60)
+    times, seconds, spread, _ = timer.time_calls(calls, rounds=40, sample_seconds=0.002, limit_seconds=60)
     assert seconds == pytest.approx(1e-3)
+    assert spread == pytest.approx(3)
     assert times == {"a": pytest.approx(20), "b": pytest.approx(0.5)}
 
 
@@ -242,6 +244,30 @@ def test_calibrating_measures_every_coefficient(monkeypatch):
     assert found.predict(Work.linear(16, 17, 3).dense()) > 0
     assert 0 < found.yardstick < 1
     assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("spread", "switches", "busy"),
+    [
+        (1.1, 5.0, ""),
+        (1.5, 5.0, "the same product took 50% longer at times"),
+        (1.1, 90.0, "other programs took the processor 90 times a second"),
+    ],
+)
+def test_a_busy_machine_is_told_and_kept(spread, switches, busy, calibration, monkeypatch, capsys):
+    """The clock is a made-up one: every call takes a yardstick."""
+
+    def time_calls(calls, **options):
+        return timer.Times(dict.fromkeys(calls, 1.0), 1e-3, spread, switches)
+
+    monkeypatch.setattr(calibrate, "_jobs", lambda: iter([(dict.fromkeys(NAMES, 1.0), None)]))
+    monkeypatch.setattr(calibrate, "time_calls", time_calls)
+    assert cli.main(["calibrate", "--out", str(calibration)]) == 0
+    assert ("WARNING: the machine was busy" in capsys.readouterr().out) == bool(busy)
+    assert table.current().busy == busy
+    assert table.current().source().removeprefix("the calibration of this machine") == (
+        f" (busy when measured: {busy})" if busy else ""
+    )
 
 
 def test_without_kernels_nothing_is_calibrated(monkeypatch, capsys, tmp_path):
@@ -328,7 +354,7 @@ def test_advice_adds_up():
     with console.capture() as captured:
         console.print(show.advice_table(rows, holds))
     text = captured.get()
-    for words in ("conv", "16x72", "4x4", "never", "all of these", "idle: no prediction: the model did not call it"):
+    for words in ("conv", "16x72", "4x4", "never", "all", "idle: no prediction: the model did not call it"):
         assert words in text
 
 
@@ -345,7 +371,21 @@ def test_break_even_at_the_ends():
     [
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"sparsities": [0.5, 1.0]}, ValueError, r"sparsities must be fractions removed, in \[0, 1\), got 1.0"),
-        ({"blocksizes": [(0, 1)]}, ValueError, "blocksize must be at least 1"),
+        ({"sparsities": 0.9}, TypeError, r"sparsities must be a sequence of numbers such as \[0.9\], got 0.9"),
+        ({"sparsities": 1.5}, TypeError, "sparsities must be a sequence of numbers .* got 1.5"),
+        ({"sparsities": ["a"]}, TypeError, r"sparsities must be a sequence of numbers .* got \['a'\]"),
+        ({"sparsities": []}, ValueError, "sparsities must hold at least one"),
+        ({"blocksizes": [(1, 1), (0, 1)]}, ValueError, r"blocksizes\[1\] must be at least 1 .* got \(0, 1\)"),
+        ({"blocksizes": 5}, TypeError, r"blocksizes must be a sequence of pairs such as \[\(8, 8\)\], got 5"),
+        ({"blocksizes": (0, 4)}, TypeError, r"blocksizes must be a sequence of pairs .* got \(0, 4\)"),
+        ({"blocksizes": "4by1"}, TypeError, "blocksizes must be a sequence of pairs .* got '4by1'"),
+        ({"blocksizes": ["4x1"]}, TypeError, r"blocksizes\[0\] must be a tuple of two integers \(bh, bw\), got '4x1'"),
+        (
+            {"example": torch.zeros(1, 5)},
+            ValueError,
+            r"example must be .* got \(1, 5\) of torch.float32; the model says",
+        ),
+        ({"example": None}, ValueError, "example must be what the model can be called with, got NoneType"),
     ],
 )
 def test_bad_questions(change, error, message):
@@ -370,20 +410,46 @@ def test_checking_compares_with_measurements():
 
 
 def test_advise_on_the_command_line(calibration, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "40")  # nothing is cut, as the output is no terminal
     table.save(prices(lambda name: 1e-9), calibration)
     words = "advise --model lenet-300-100 --batch 7 --blocksizes 1x1 8x8 --sparsities 0.5 0.9 --check"
     assert cli.main(words.split()) == 0
     text = capsys.readouterr().out
     for expected in ("fc1", "300x784", "0.9 sparse", "break-even", "the calibration of this machine", "median"):
         assert expected in text
+    assert text.startswith("lenet-300-100, batch size 7, images of 1x28x28\n")
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_a_narrow_terminal_breaks_lines_but_cuts_nothing(width):
+    model = nn.Sequential(nn.Linear(784, 300), nn.Linear(300, 10))
+    rows = sk.advise(model, torch.zeros(100, 784))
+    console = Console(width=width, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        cli._print_whole(console, show.advice_table(rows, table.load(table.SHIPPED)))
+    text = captured.get()
+    assert "…" not in text
+    for row in rows:
+        for number in (row.dense_ms, *row.sparse_ms[8, 8].values()):
+            assert f"{number:.3f}" in text
+    if width == 80:
+        assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", models.NAMES + models.COLOUR_NAMES)
+def test_advice_for_every_model(name, capsys):
+    assert cli.main(["advise", "--model", name, "--batch", "1", "--sparsities", "0.9"]) == 0
+    text = capsys.readouterr().out
+    assert f"batch size 1, images of {'3x32x32' if name in models.COLOUR_NAMES else '1x28x28'}" in text
+    assert "no prediction" not in text
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["--sparsities", "1.5"], 1, "sparsities must be fractions removed"),
-        (["--blocksizes", "0x8"], 1, "blocksize must be at least 1"),
+        (["--blocksizes", "0x8"], 1, "blocksizes[0] must be at least 1"),
         (["--batch", "0"], 2, "must be a whole number of at least 1, got '0'"),
         (["--model", "resnet"], 2, "--model"),
     ],

@@ -128,6 +128,19 @@ def test_the_report_says_what_runs(density_decides):
     assert sk.densify_(model).converted[1].speedup is None
 
 
+def test_the_report_explains_what_is_slower_than_a_dense_layer(monkeypatch):
+    """A dense layer takes 1 s a weight, writing the dense weight 1 s more, the kernels 1.6 s for each stored one."""
+    costs = {".dense.forward.weight": 1.0, ".scatter.forward.value": 1.0, ".sparse.forward.value": 1.6}
+    holds = prices(lambda name: sum(cost for end, cost in costs.items() if name.endswith(end)))
+    monkeypatch.setattr(cost, "current", lambda: holds)
+    for density, expected in ((0.5, False), (1.0, True)):
+        model = nn.Sequential(nn.Linear(10, 7))
+        report = sk.sparsify_(model, {"0": random_pattern((7, 10), (1, 1), density=density)})
+        assert report.converted[0].backend == "cpu"
+        assert (report.converted[0].speedup < 1) == expected
+        assert ("below 1x" in str(report)) == expected
+
+
 @pytest.mark.parametrize("make", [linear, conv])
 def test_it_compiles_to_one_graph(make):
     layer = make(backend="dense")

@@ -335,6 +335,14 @@ def test_arguments_of_freeze_are_checked() -> None:
     refused(model, torch.randn(2, 4, device="meta"), "example", "meta")
     refused(model, torch.randn(0, 4), "one sample")
     refused(model, torch.randn(4), "[N, ...]")
+    refused(model, torch.randn(2, 5), "example must be what the model can be called with, got (2, 5) of torch.float32")
+    refused(model, torch.randn(2, 4).double(), "example must have the dtype of 0.weight", error=TypeError)
+
+
+def test_a_model_that_trains_is_refused_unchanged() -> None:
+    norm = nn.BatchNorm1d(4)
+    refused(nn.Sequential(norm), torch.randn(8, 4), "model must be in evaluation mode: call model.eval() first")
+    assert norm.num_batches_tracked == 0 and not norm.running_mean.any()
 
 
 def test_inputs_are_checked() -> None:

@@ -196,6 +196,13 @@ def test_plans_are_a_pure_function_kept_on_the_pattern() -> None:
             assert torch.equal(a, b)
 
 
+def test_a_layer_too_large_for_the_kernels_is_refused() -> None:
+    one = torch.ones(1, 1, dtype=torch.bool)
+    for shape, kernel in (((4, 2**25), None), ((2**25, 4), None), ((4, 9 * 2**22), (3, 3, 1))):
+        with pytest.raises(ValueError, match="must be at most 22,369,620 each, got "):
+            plan.make_plans(BlockPattern.from_mask(one, shape, shape), kernel)
+
+
 def test_a_plan_of_many_blocks_spans_several_segments_and_spans() -> None:
     """The shared samples would not notice if these were always 1."""
     pattern = BlockPattern.from_mask(torch.rand(300, 700) < 0.1, (1, 1))

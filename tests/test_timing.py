@@ -27,6 +27,22 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
+def test_freed_memory_is_kept_where_glibc_is_asked(monkeypatch):
+    asked = []
+
+    class Library:
+        def mallopt(self, option, size):
+            asked.append(option)
+            return 1
+
+    monkeypatch.setattr(timing.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(timing.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert timing.keep_freed_memory()
+    assert asked == [-3, -1, -2]
+    monkeypatch.setattr(timing.platform, "libc_ver", lambda: ("", ""))
+    assert not timing.keep_freed_memory()
+
+
 def test_medians_and_speedup(clock):
     found = interleaved({"slow": clock.takes("slow", 0.03), "fast": clock.takes("fast", 0.002)}, rounds=9)
     assert len(found["slow"].samples) == len(found["fast"].samples) == 9

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..eligible import convertible
-from ..prune.allocation import Blocksize
+from ..eligible import call_with_example, convertible
+from ..prune.allocation import Blocksize, check_blocksize
 from ..prune.allocation import blocksizes as pruned_blocksizes
 from ..weights import weight_matrix
 from .layers import work_of
@@ -78,11 +79,17 @@ def advise(
         A row for each layer that can be sparse, in the model's order.
 
     Raises:
-        TypeError: ``model`` is no module, a blocksize no pair of integers.
-        ValueError: a blocksize below 1, a sparsity outside [0, 1).
+        TypeError: ``model`` is no module, ``blocksizes`` no sequence of pairs of integers, ``sparsities`` none
+            of numbers.
+        ValueError: a blocksize below 1, a sparsity outside [0, 1), none of either; an example that the model cannot be
+            called with.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    blocksizes = _listed("blocksizes", blocksizes, "pairs such as [(8, 8)]", lambda pair: not isinstance(pair, int))
+    for i, blocksize in enumerate(blocksizes):
+        check_blocksize(f"blocksizes[{i}]", blocksize)
+    sparsities = _listed("sparsities", sparsities, "numbers such as [0.9]", lambda number: isinstance(number, Real))
     for sparsity in sparsities:
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsities must be fractions removed, in [0, 1), got {sparsity}")
@@ -100,6 +107,18 @@ def advise(
             by_asked = {asked: own[asked][name] for asked in blocksizes}
             rows.append(_predicted(name, shape, calls[layer], by_asked, sparsities, table))
     return rows
+
+
+def _listed(name: str, given: Any, of: str, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+    """``given`` as a tuple, if it is a sequence of what ``fits``, at least one."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a sequence of {of}, got {given!r}")
+    found = tuple(given)
+    if not all(map(fits, found)):
+        raise TypeError(f"{name} must be a sequence of {of}, got {given!r}")
+    if not found:
+        raise ValueError(f"{name} must hold at least one of {of}, got none")
+    return found
 
 
 def _predicted(
@@ -160,7 +179,7 @@ def _record(model: nn.Module, example: Any) -> dict[nn.Module, list[LayerCall]]:
     handles = [layer.register_forward_hook(record) for layer in convertible(model)[0].values()]
     try:
         with _evaluating(model), torch.enable_grad():
-            model(*(example if isinstance(example, tuple) else (example,)))
+            call_with_example(model, *(example if isinstance(example, tuple) else (example,)))
     finally:
         for handle in handles:
             handle.remove()

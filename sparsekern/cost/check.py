@@ -63,10 +63,10 @@ def check(
         sparse = sparse_layer(dense, blocksize, 1 - sparsity, generator)
         x = torch.randn(call.input, generator=generator)
         calls = {kind: timed_calls(layer, x)[call.products] for kind, layer in (("dense", dense), ("sparse", sparse))}
-        times, _ = time_calls(
+        times = time_calls(
             calls, rounds=ROUNDS, sample_seconds=SAMPLE_SECONDS, limit_seconds=LIMIT_SECONDS
         )  # fmt: skip
-        measured = {kind: 1e3 * table.yardstick * time for kind, time in times.items()}
+        measured = {kind: 1e3 * table.yardstick * time for kind, time in times.ratios.items()}
         predicted = table.predict(call.work.dense(call.products))
         of_sparse = table.predict(call.work.sparse(blocksize, sparse.pattern.density, call.products))
         yield Checked(

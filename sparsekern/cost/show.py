@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 
@@ -20,11 +21,15 @@ def advice_table(rows: Sequence[LayerAdvice], table: Table) -> RenderableType:
     if not known:
         return Group(*notes, "no layer that the cost model knows")
     sparsities = list(next(iter(known[0].sparse_ms.values())))
-    grid = Grid(title="A training step, predicted: milliseconds on one thread (speed-up)", title_justify="left")
+    # Narrow enough for 80 columns, where speed-ups go below the times.
+    grid = Grid(
+        title="A training step, predicted: milliseconds on one thread (speed-up)", title_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for name in ("layer", "weight", "blocks"):
-        grid.add_column(name)
+        grid.add_column(name, no_wrap=True)
     for name in ("dense", *(f"{sparsity:.4g} sparse" for sparsity in sparsities), "break-even"):
-        grid.add_column(name, justify="right")
+        grid.add_column(name, justify="right", no_wrap=not name.endswith("sparse"))
     for row in known:
         shown: dict[Blocksize, Blocksize] = {}
         for asked, own in row.blocksizes.items():
@@ -39,7 +44,7 @@ def advice_table(rows: Sequence[LayerAdvice], table: Table) -> RenderableType:
     dense = sum(row.dense_ms or 0.0 for row in known)
     for asked in known[0].sparse_ms:
         sums = [sum(row.sparse_ms[asked][sparsity] for row in known) for sparsity in sparsities]
-        grid.add_row("all of these", "", _times(asked), *_milliseconds(dense, sums), "")
+        grid.add_row("all", "", _times(asked), *_milliseconds(dense, sums), "")
     notes += [
         "Each layer is taken by itself, with its own call of autograd; activations, loss and optimizer come on top.",
         f"Predicted by {table.source()}.",

@@ -4,7 +4,8 @@
 user's cache folder ($XDG_CACHE_HOME or ~/.cache)::
 
     {"format": 1, "machine": {what it was measured on}, "seconds": of calibrating, "error": median of the fit,
-     "yardstick": seconds, "coefficients": {name as in model.py: seconds per unit}}
+     "yardstick": seconds, "busy": what showed that the machine was, or "",
+     "coefficients": {name as in model.py: seconds per unit}}
 
 Where there is none, ``default.json`` of the package holds: measured in the same way on one machine, whose name is in
 it. It says which layers gain on processors like that one; only calibrating says so for this one.
@@ -45,6 +46,7 @@ class Table:
         seconds: how long measuring took.
         error: median of |predicted / measured - 1| over the measurements that they were fitted to.
         yardstick: seconds of the yardstick of ``timer.py``, which say how fast the machine was.
+        busy: what showed that it was busy during the measurement, for people; empty where nothing did.
     """
 
     coefficients: Mapping[str, float]
@@ -52,6 +54,7 @@ class Table:
     seconds: float
     error: float
     yardstick: float
+    busy: str = ""
 
     def predict(self, terms: Terms) -> float:
         """What ``terms`` take."""
@@ -60,7 +63,8 @@ class Table:
     def source(self) -> str:
         """Where the coefficients are from, for people."""
         if self.machine == machine():
-            return "the calibration of this machine"
+            busy = f" (busy when measured: {self.busy})" if self.busy else ""
+            return f"the calibration of this machine{busy}"
         measured = f"{self.machine['cpu']} ({self.machine['isa']}), torch {self.machine['torch']}"
         return f"the package's own table, measured on {measured} (`sparsekern calibrate` measures this machine)"
 
@@ -117,7 +121,8 @@ def load(file: Path, expected: Mapping[str, str] | None = None) -> Table:
     for key, value in (expected or {}).items():
         if data["machine"][key] != value:
             raise ValueError(f"calibration {file} is stale: its {key} is {data['machine'][key]!r}, here {value!r}")
-    return Table(data["coefficients"], data["machine"], data["seconds"], data["error"], data["yardstick"])
+    rest = (data["seconds"], data["error"], data["yardstick"], data.get("busy", ""))
+    return Table(data["coefficients"], data["machine"], *rest)
 
 
 def save(table: Table, file: Path) -> None:
@@ -140,6 +145,8 @@ def _problem(data: Any) -> str | None:
         return f"machine must hold {', '.join(MACHINE)}"
     if not all(_is_amount(data.get(key)) for key in ("seconds", "error", "yardstick")):
         return "seconds, error and yardstick must be numbers"
+    if not isinstance(data.get("busy", ""), str):
+        return "busy must be a text"
     given = data.get("coefficients")
     if not isinstance(given, dict) or given.keys() != NAMES:
         return "its coefficients are not those of this version's model"

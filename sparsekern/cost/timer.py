@@ -7,15 +7,15 @@ and after it. What comes out are times at the speed that the machine has when it
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
+
+from ..timing import switches
 
 MIN_ROUNDS = 2
 
@@ -23,9 +23,18 @@ Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], object]
 
 
+class Times(NamedTuple, Generic[Key]):
+    """What :func:`time_calls` found."""
+
+    ratios: dict[Key, float]  # what each call takes, in yardsticks: medians over the rounds
+    yardstick: float  # its seconds at the 20 % quantile; times the ratio: seconds on the quiet machine
+    spread: float  # 80 % quantile of the yardstick over its 20 % quantile: 1.0 on a quiet machine
+    switches: float  # per second, of this process to another program
+
+
 def time_calls(
     calls: Mapping[Key, Call], *, rounds: int, sample_seconds: float, limit_seconds: float, seed: int = 0
-) -> tuple[dict[Key, float], float]:
+) -> Times[Key]:
     """Time calls on one thread, in turns, in a new random order every round.
 
     Args:
@@ -34,10 +43,6 @@ def time_calls(
         sample_seconds: how long a sample, which is a median, should take; one call where a call takes longer.
         limit_seconds: no further round is begun after this time, except for the first 2.
         seed: of the order.
-
-    Returns:
-        {key: what it takes, in yardsticks}, medians over the rounds; and the seconds of the yardstick, at its 20 %
-        quantile. Multiply the two for seconds on the quiet machine.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,8 +50,9 @@ def time_calls(
         yardstick = _yardstick()
         repeats = {key: _repeats(call, sample_seconds) for key, call in calls.items()}
         ratios: dict[Key, list[float]] = {key: [] for key in calls}
-        seconds, order, shuffle = [], list(calls), random.Random(seed).shuffle
-        start = time.perf_counter()
+        seconds: list[float] = []
+        order, shuffle = list(calls), random.Random(seed).shuffle
+        start, switched = time.perf_counter(), switches()
         for done in range(rounds):
             if done >= MIN_ROUNDS and time.perf_counter() - start > limit_seconds:
                 break
@@ -58,23 +64,13 @@ def time_calls(
                 ratios[key].append(2 * sample / (before + after))
                 seconds.append(after)
                 before = after
+        switched, took = switches() - switched, time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)
-    quiet = sorted(seconds)[len(seconds) // 5]
-    return {key: statistics.median(of_key) for key, of_key in ratios.items()}, quiet
-
-
-def keep_freed_memory() -> None:
-    """Tell the C library (glibc) to keep what is freed, for the rest of the process.
-
-    If left alone it gives large results back to the system and fetches them again, page by page, on each call. That
-    costs dense and sparse alike, varies, and hides the ratio; long-running programs reuse such memory.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        c = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
-        for option, size in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)):
-            c.mallopt(option, size)
+    seconds.sort()
+    quiet, slow = seconds[len(seconds) // 5], seconds[len(seconds) * 4 // 5]
+    medians = {key: statistics.median(of_key) for key, of_key in ratios.items()}
+    return Times(medians, quiet, slow / quiet, switched / took)
 
 
 def _yardstick() -> Callable[[], float]:

@@ -85,8 +85,9 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenModel:
     batches of 8 samples (AVX2, float32) and more: samples fill the lanes of vectors, and fewer leave lanes idle.
 
     Args:
-        model: in evaluation mode. A chain (or sum of chains) of sparse and dense linear and convolution layers, batch
-            norm, ReLU, max and average pools, flatten, dropout; a softmax or log_softmax may come last.
+        model: in evaluation mode (``model.eval()``) where it holds batch norms or dropout. A chain (or sum of chains)
+            of sparse and dense linear and convolution layers, batch norm, ReLU, max and average pools, flatten,
+            dropout; a softmax or log_softmax may come last.
         example: an input on the CPU, float32 or float64 as the parameters are. It sets all sizes but the batch's.
 
     Returns:
@@ -106,7 +107,7 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenModel:
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
         if tensor.is_floating_point() and tensor.dtype != example.dtype:
-            raise TypeError(f"{name} must have the dtype of example, {example.dtype}, got {tensor.dtype}")
+            raise TypeError(f"example must have the dtype of {name}, {tensor.dtype}, got {example.dtype}")
     if example.dim() < 2 or example.numel() == 0:
         raise ValueError(f"example must have shape [N, ...] and hold at least one sample, got {tuple(example.shape)}")
     if ops.CPU_KERNELS_MISSING:

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..eligible import call_with_example
 from ..models import Images
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
 from .network import Floats, Network, Pair, Pool, Product, Value, layer_weights, per_channel, per_number
@@ -73,7 +75,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[Network, torch.Size, Calla
     root = nn.Sequential(model) if type(model) in _LEAVES else model
     for name, module in model.named_modules():
         _check_plain(name, module)
-    expected = model(example.clone())  # first, for the errors that it has itself
+    expected = call_with_example(model, example.clone())  # first, for the errors that it has itself
     if not isinstance(expected, Tensor):
         raise ValueError(f"model must return one tensor, got {type(expected).__name__}")
     try:
@@ -97,10 +99,15 @@ def trace(model: nn.Module, example: Tensor) -> tuple[Network, torch.Size, Calla
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
-    """What fx would silently leave out."""
+    """Refuse what fx would silently leave out, and what differs in training, before it changes its statistics."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any(hooks) or "forward" in vars(module):
         raise ValueError(f"{_named(name, module)} has forward hooks or a replaced forward, which freeze cannot follow")
+    if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+        raise ValueError(
+            f"model must be in evaluation mode: call model.eval() first; "
+            f"{_named(name, module)} computes something else while it trains"
+        )
 
 
 def _named(name: str, module: nn.Module) -> str:
@@ -247,8 +254,8 @@ class _Lowering:
         self, node: fx.Node, name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, value: Value, source: fx.Node
     ) -> Value:
         mean, var = module.running_mean, module.running_var
-        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d) or module.training or mean is None or var is None:
-            raise self.unsupported(node, "it normalises by the batch: call model.eval(), and let it track statistics")
+        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d) or mean is None or var is None:
+            raise self.unsupported(node, "it keeps no running statistics (track_running_stats)")
         scale = (var.double() + module.eps).rsqrt()
         if module.weight is not None:
             scale = scale * module.weight.detach().double()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import cifar
 
-__all__ = ["COLOUR_NAMES", "NAMES", "build", "init_"]
+__all__ = ["COLOUR_NAMES", "NAMES", "build", "image_shape", "init_"]
 
 IMAGE = (1, 28, 28)
 N_CLASSES = 10
@@ -40,6 +40,11 @@ def build(name: str, width: float = 1.0, generator: torch.Generator | None = Non
     model = _BUILDERS[name](lambda units: max(1, round(units * width)))
     init_(model, generator)
     return model
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that ``build(name)`` is for."""
+    return cifar.IMAGE if name in COLOUR_NAMES else IMAGE
 
 
 @torch.no_grad()

@@ -38,9 +38,9 @@ def blocksizes(model: nn.Module, blocksize: Blocksize | Mapping[str, Blocksize])
         for name, pair in blocksize.items():
             if name not in layers:
                 raise ValueError(f"blocksize names {name!r}: {skipped.get(name, 'no Linear or Conv2d of the model')}")
-            _check_blocksize(f"blocksize[{name!r}]", pair)
+            check_blocksize(f"blocksize[{name!r}]", pair)
         return {name: blocksize.get(name, (1, 1)) for name in layers}
-    _check_blocksize("blocksize", blocksize)
+    check_blocksize("blocksize", blocksize)
     candidates = [name for name, _ in model.named_modules() if name in layers or name in skipped]
     return {name: _adjusted(name, layer, blocksize, name == candidates[-1]) for name, layer in layers.items()}
 
@@ -59,7 +59,8 @@ def _adjusted(name: str, layer: nn.Linear | nn.Conv2d, blocksize: Blocksize, cla
     return bh, bw
 
 
-def _check_blocksize(name: str, pair: object) -> None:
+def check_blocksize(name: str, pair: object) -> None:
+    """Raise TypeError or ValueError unless ``pair`` is a block size (bh, bw)."""
     if not isinstance(pair, tuple) or len(pair) != 2 or not all(type(n) is int for n in pair):
         raise TypeError(f"{name} must be a tuple of two integers (bh, bw), got {pair!r}")
     if min(pair) < 1:
