@@ -128,6 +128,20 @@ class WideRun {
     }
   }
 
+  struct Rows {
+    const T* x;
+    int64_t count;  // of numbers
+  };
+  // Where a band reads X: rows below one another, which need not be all its own.
+  Rows rows_read(int64_t i) const {
+    const Band b = band(i);
+    const int64_t row = p_.in.width * p_.in.channels, top = b.begin * w_.stride[0] - w_.padding[0];
+    const int64_t bottom = top + (b.end - b.begin - 1) * w_.stride[0] + halo_;
+    const int64_t first = std::clamp<int64_t>(top, 0, p_.in.height);
+    const int64_t last = std::clamp<int64_t>(bottom, first, p_.in.height);
+    return {p_.x + (b.image * p_.in.height + first) * row, (last - first) * row};
+  }
+
   // The rows of X that a band reads, with the padding around them.
   void copy_band(int64_t i, T* to) const {
     const Band b = band(i);
@@ -158,7 +172,8 @@ class WideRun {
         x[n] = p_.x + ((at.image * p_.in.height + at.y * w_.stride[0]) * pitch_ + at.x * w_.stride[1]) * channels;
         y[n] = p_.y + (first + n) * p_.out.channels;
       }
-      return block(begin, end, last - first, x, y);
+      return block(begin, end, last - first, x, y, p_.x + last * channels,
+                   pitch_ == w_.grid[1] ? std::min(kBlock, pixels - last) * channels : 0);
     }
     const Band b = band(i);
     T* copy = copies_ + i * copy_;
@@ -167,19 +182,31 @@ class WideRun {
       copy_band(i, copy);
     }
     T* to = p_.y + (b.image * area + b.begin * w_.grid[1]) * p_.out.channels;
-    int64_t n = 0;
+    const int64_t blocks = ((b.end - b.begin) * w_.grid[1] + kBlock - 1) / kBlock;
+    const Rows next = shares_ == 1 && i + 1 < bands_ ? rows_read(i + 1) : Rows{p_.x, 0};
+    int64_t n = 0, nth = 0;
+    const auto compute = [&] {
+      const int64_t from = nth * next.count / blocks, until = (nth + 1) * next.count / blocks;
+      block(begin, end, n, x, y, next.x + from, until - from);
+      n = 0, nth++;
+    };
     for (int64_t v = 0; v < b.end - b.begin; v++)
       for (int64_t u = 0; u < w_.grid[1]; u++, to += p_.out.channels) {
         x[n] = copy + (v * w_.stride[0] * pitch_ + u * w_.stride[1]) * channels, y[n++] = to;
-        if (n == kBlock) block(begin, end, n, x, y), n = 0;
+        if (n == kBlock) compute();
       }
-    if (n > 0) block(begin, end, n, x, y);
+    if (n > 0) compute();
   }
 
-  // Strips [begin, end) for `count` pixels, in tiles as equal as can be.
-  void block(int64_t begin, int64_t end, int64_t count, const T* const* x, T* const* y) const {
-    const int64_t tiles = (count + kTile - 1) / kTile;
-    for (int64_t s = begin; s < end; s++)
+  // Strips [begin, end) for `count` pixels, in tiles as equal as can be. Meanwhile `ahead` numbers from `next` on,
+  // which the next block will read, are fetched into the second-level cache, a share with each strip.
+  void block(int64_t begin, int64_t end, int64_t count, const T* const* x, T* const* y, const T* next = nullptr,
+             int64_t ahead = 0) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t tiles = (count + kTile - 1) / kTile, lines = ahead / kLine, strips = end - begin;
+    for (int64_t s = begin; s < end; s++) {
+      for (int64_t i = (s - begin) * lines / strips; i < (s - begin + 1) * lines / strips; i++)
+        __builtin_prefetch(next + i * kLine, 0, 2);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t at = t * count / tiles;
         switch ((t + 1) * count / tiles - at) {
@@ -202,6 +229,7 @@ class WideRun {
             strip<1>(s, x + at, y + at);
         }
       }
+    }
   }
 
   template <int NP>
@@ -231,19 +259,26 @@ class WideRun {
   // Writes the sums with the bias, or adds them to what is there.
   template <int NP>
   SK_INLINE void add(Vec<T> (&acc)[NP][NV], int64_t row, int64_t n, bool first, T* const* y) const {
-    alignas(64) T bias[NV * L] = {}, part[NV * L];
-    if (p_.bias) std::copy_n(p_.bias + row, n, bias);
+    const T* bias = p_.bias ? p_.bias + row : nullptr;
+    if (n == NV * L) {  // no call in here: the sums would have to leave their registers for it
+#pragma GCC unroll 2
+      for (int q = 0; q < NV; q++) {
+        const Vec<T> b = first && bias ? load(bias + q * L) : Vec<T>{};
+#pragma GCC unroll 6
+        for (int i = 0; i < NP; i++) {
+          T* to = y[i] + row + q * L;
+          store(to, acc[i][q] + (first ? b : load(to)));
+        }
+      }
+      return;
+    }
+    alignas(64) T part[NV * L];
 #pragma GCC unroll 6
     for (int i = 0; i < NP; i++) {
       T* to = y[i] + row;
-      if (n == NV * L) {
 #pragma GCC unroll 2
-        for (int q = 0; q < NV; q++) store(to + q * L, acc[i][q] + (first ? load(bias + q * L) : load(to + q * L)));
-      } else {
-#pragma GCC unroll 2
-        for (int q = 0; q < NV; q++) store(part + q * L, acc[i][q]);
-        for (int64_t r = 0; r < n; r++) to[r] = part[r] + (first ? bias[r] : to[r]);
-      }
+      for (int q = 0; q < NV; q++) store(part + q * L, acc[i][q]);
+      for (int64_t r = 0; r < n; r++) to[r] = part[r] + (first ? (bias ? bias[r] : T(0)) : to[r]);
     }
   }
 
