@@ -34,6 +34,7 @@ class PlaneRun {
     constexpr int64_t kLine = 64 / sizeof(T);
     plane_ = (((rows + halo) * width_ + kLine - 1) / kLine | 1) * kLine;
     plain_ = p.in.channels_last ? ((rows - 1) * w_.stride[0] + reach + 1) * p.in.width : 0;
+    numbers_ = p.in.images * p.in.channels * p.in.height * p.in.width;
     size_ = (1 + copies_ * p.in.channels) * plane_ + 3 * L;  // a plane of zeros first; tiles may read past the last
   }
 
@@ -146,9 +147,13 @@ class PlaneRun {
   SK_INLINE void fill_plane(const Rows& r, int64_t j, const T* from, T* to) const {
     const int64_t shift = j * w_.dilation[1] - w_.padding[1];
     const int64_t low = std::clamp<int64_t>(-shift, 0, width_), high = std::clamp(p_.in.width - shift, low, width_);
-    std::fill_n(to, r.first * width_, T(0));
-    std::fill(to + r.last * width_, to + r.count * width_, T(0));
-    if (width_ == p_.in.width && high > low && r.last > r.first) {
+    if (r.first > 0) std::fill_n(to, r.first * width_, T(0));
+    if (r.last < r.count) std::fill(to + r.last * width_, to + r.count * width_, T(0));
+    const T *first = from + shift, *end = first + (r.last - r.first - 1) * p_.in.width + width_;
+    const bool inside = p_.in.channels_last || (first >= p_.x && end <= p_.x + numbers_);
+    if (inside && width_ >= L && low <= L && width_ - high <= L) {
+      fill_rows(r.last - r.first, low, high, first, to + r.first * width_);
+    } else if (width_ == p_.in.width && high > low && r.last > r.first) {
       // All rows in one piece; what wraps around from row to row is cleared.
       const int64_t begin = r.first * width_ + low, end = (r.last - 1) * width_ + high;
       std::memcpy(to + begin, from + low + shift, size_t(end - begin) * sizeof(T));
@@ -158,6 +163,19 @@ class PlaneRun {
         std::copy_n(from + (y - r.first) * p_.in.width + low + shift, high - low, to + y * width_ + low);
         clear_ends(to + y * width_, low, high);
       }
+    }
+  }
+
+  // Rows by vectors: each is loaded from where it lies, beyond the ends of the row too, and lanes outside of [low,
+  // high) are cleared, of which only the first vector and the last, which may overlap the one before, have any.
+  SK_INLINE void fill_rows(int64_t rows, int64_t low, int64_t high, const T* from, T* to) const {
+    const int64_t last = width_ - L;
+    const auto at_first = mask_between<T>(low, std::min<int64_t>(high, L));
+    const auto at_last = mask_between<T>(std::max<int64_t>(low - last, 0), std::max<int64_t>(high - last, 0));
+    for (int64_t y = 0; y < rows; y++, from += p_.in.width, to += width_) {
+      store(to, Vec<T>(Mask<T>(load(from)) & at_first));
+      for (int64_t x = L; x < last; x += L) store(to + x, load(from + x));
+      if (last > 0) store(to + last, Vec<T>(Mask<T>(load(from + last)) & at_last));
     }
   }
 
@@ -246,8 +264,8 @@ class PlaneRun {
   const Window& w_;
   const int64_t chunks_;
   bool strided_;
-  int64_t bands_, copies_;                // bands of an image, planes of a channel
-  int64_t width_, plane_, plain_, size_;  // numbers
+  int64_t bands_, copies_;                          // bands of an image, planes of a channel
+  int64_t width_, plane_, plain_, size_, numbers_;  // numbers
   bool together_ = false;
   int64_t band_ = 0;
   T* planes_ = nullptr;
