@@ -101,8 +101,8 @@ def make_plans(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     tap_input_cuts = np.unique(of_group + tap_of_cut * inputs + channel_of_cut)  # between (tap, channel)
 
     # Strips of 16 rows that share a block, a group and, in dgrad, a tap.
-    wide_outputs = bh % WIDE_ROWS == 0 and (groups == 1 or group_outputs % WIDE_ROWS == 0)
-    wide_inputs = bw % WIDE_ROWS == 0 and (taps * groups == 1 or group_inputs % WIDE_ROWS == 0)
+    wide_outputs = outputs > 0 and bh % WIDE_ROWS == 0 and (groups == 1 or group_outputs % WIDE_ROWS == 0)
+    wide_inputs = inputs > 0 and bw % WIDE_ROWS == 0 and (taps * groups == 1 or group_inputs % WIDE_ROWS == 0)
     size = pattern.nnz_blocks * bh * bw
     overhang = pattern.nnz != size
     by_output = (rows, tap * inputs + channel, index)

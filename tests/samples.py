@@ -303,6 +303,8 @@ def wide_problems(dtype: torch.dtype = torch.float64, full: bool = False, intege
         (Geometry(300, 16, (1, 2), (2, 9)), (16, 1), (1,)),
         (Geometry(32, 8, (7, 7), (4, 3), padding=(3, 3)), (4, 4), (2,)),
         (Geometry(64, 8, (7, 5), (7, 9), stride=(2, 2), padding=(3, 2), groups=2), (16, 6), (1,)),
+        ((5, 0), (16, 16), (3,)),
+        ((0, 5), (16, 16), (3,)),
     ]
     for i, (layer, blocksize, batch) in enumerate(cases):
         geometry = layer if isinstance(layer, Geometry) else None
@@ -316,10 +318,33 @@ def wide_problems(dtype: torch.dtype = torch.float64, full: bool = False, intege
             )  # fmt: skip
 
 
+def plane_problems(dtype: torch.dtype = torch.float64, full: bool = False, integers: bool = True) -> Iterator[Problem]:
+    """Images large enough to be copied as planes, widths that are multiples of a vector and not."""
+    cases: list[tuple[Geometry, tuple[int, int], tuple[int, ...]]] = [
+        (Geometry(6, 5, (3, 3), (16, 16), padding=(1, 1)), (1, 1), (2,)),
+        (Geometry(5, 9, (3, 3), (32, 32), padding=(1, 1)), (4, 1), (1,)),
+        (Geometry(9, 6, (5, 5), (16, 8), padding=(2, 2)), (2, 3), (9,)),
+        (Geometry(6, 4, (3, 3), (12, 28), padding=(1, 1), groups=2), (1, 2), (2,)),
+        (Geometry(4, 3, (3, 2), (18, 17), padding=(0, 0), dilation=(1, 1)), (4, 4), (3,)),
+        (Geometry(4, 3, (3, 3), (16, 24), padding=(3, 4), dilation=(2, 3)), (1, 1), (8,)),
+        (Geometry(3, 2, (1, 5), (9, 16), padding=(0, 2)), (3, 1), (2,)),
+        (Geometry(3, 2, (3, 3), (10, 14), padding=(1, 1)), (1, 4), (2,)),
+        (Geometry(130, 7, (3, 3), (8, 8), padding=(1, 1)), (1, 1), (3,)),
+    ]
+    for i, (geometry, blocksize, batch) in enumerate(cases):
+        for layout in IMAGE_LAYOUTS if full else (IMAGE_LAYOUTS[i % len(IMAGE_LAYOUTS)], "contiguous"):
+            name = f"planes{i}-{geometry.shape}-{blocksize}-batch{batch}-{layout}"
+            yield make_problem(
+                name, geometry.shape, blocksize, ("third", "full", "holes")[i % 3], batch, layout,
+                geometry=geometry, dtype=dtype, bias=i % 3 > 0, integers=integers,
+            )  # fmt: skip
+
+
 def problems(dtype: torch.dtype = torch.float64, full: bool = False, integers: bool = True) -> Iterator[Problem]:
     yield from linear_problems(dtype, full, integers)
     yield from conv_problems(dtype, full, integers)
     yield from wide_problems(dtype, full, integers)
+    yield from plane_problems(dtype, full, integers)
 
 
 def small_problems(dtype: torch.dtype = torch.float64) -> Iterator[Problem]:

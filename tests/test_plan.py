@@ -153,11 +153,11 @@ def check(p: Problem) -> None:
     (bh, bw), groups = p.pattern.blocksize, p.geometry.groups if p.geometry else 1
     strips_or_sell = plan.STRIP if bh > 1 else plan.SELL, plan.STRIP if bw > 1 else plan.SELL
     group_outputs, group_inputs = outputs // groups, inputs // groups
-    wide = bh % 16 == 0 and (groups == 1 or group_outputs % 16 == 0)
+    wide = outputs > 0 and bh % 16 == 0 and (groups == 1 or group_outputs % 16 == 0)
     assert read(plans.forward).kind == (plan.NONE if wide and not p.geometry else strips_or_sell[0])
     if wide:
         assert sorted(read(plans.forward).wide) == forward
-    wide = bw % 16 == 0 and (taps * groups == 1 or group_inputs % 16 == 0)
+    wide = inputs > 0 and bw % 16 == 0 and (taps * groups == 1 or group_inputs % 16 == 0)
     assert read(plans.dgrad).kind == (plan.NONE if wide and not p.geometry else strips_or_sell[1])
     if wide:
         assert sorted(read(plans.dgrad).wide) == dgrad

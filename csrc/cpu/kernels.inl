@@ -19,6 +19,7 @@ namespace {
 #include "simd.inl"
 // Order matters: each builds on the ones before.
 #include "panel_product.inl"
+#include "shifted.inl"
 #include "tile.inl"
 // Forward, and dgrad of linear.
 #include "conv_dgrad.inl"

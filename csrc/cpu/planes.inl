@@ -1,14 +1,5 @@
-// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] for convolutions: as panel_product.inl, from planes that
-// all tiles of a band of rows share.
-//
-//   grid (width 8, kernel 3x3)        planes: for each column of taps j and channel c, the rows of X that a band
-//   |. . . . . . . .|                 reads, shifted by the tap and as wide as the grid:
-//   |. T T T T T T T| <- a tile         j = 0  |0 x x x x x x x|   j = 1  |x x x x x x x x|   j = 2  |x x x x x x x 0|
-//   |T T T T T . . .|                          |0 x x x x x x x|          |x x x x x x x x|          |x x x x x x x 0|
-//                                              ...
-// Pixels that follow each other in the grid then follow each other in every plane, across rows too, so row k of X for a
-// tile is just a place in memory: plane (j, c), the tap's row, the tile's first pixel. X is copied once per column of
-// taps; with strides, once per tap.
+// Y[row, pixel] = bias[row] + sum_k W[row, k] * X[k, pixel] for convolutions: as panel_product.inl, from the planes
+// (shifted.inl) that all tiles of a band of rows share.
 //
 // Who computes what: a task is a band of rows of an image; with few, tiles are shared out within a band. Order of
 // summation: as in panel_product.inl.
@@ -22,7 +13,8 @@ class PlaneRun {
     return p.plan.kind != Plan::kNone && area >= kMinArea;
   }
 
-  explicit PlaneRun(const Product<T>& p) : p_(p), w_(p.window), chunks_(Chunks<T>::count(p.plan)) {
+  explicit PlaneRun(const Product<T>& p)
+      : p_(p), w_(p.window), planes_of_(p.x, p.in, p.window), chunks_(Chunks<T>::count(p.plan)) {
     width_ = w_.grid[1], strided_ = w_.stride[0] > 1 || w_.stride[1] > 1;
     copies_ = strided_ ? w_.taps() : w_.kernel[1];
     const int64_t reach = (w_.kernel[0] - 1) * w_.dilation[0], halo = strided_ ? 0 : reach;
@@ -34,7 +26,6 @@ class PlaneRun {
     constexpr int64_t kLine = 64 / sizeof(T);
     plane_ = (((rows + halo) * width_ + kLine - 1) / kLine | 1) * kLine;
     plain_ = p.in.channels_last ? ((rows - 1) * w_.stride[0] + reach + 1) * p.in.width : 0;
-    numbers_ = p.in.images * p.in.channels * p.in.height * p.in.width;
     size_ = (1 + copies_ * p.in.channels) * plane_ + 3 * L;  // a plane of zeros first; tiles may read past the last
   }
 
@@ -87,9 +78,8 @@ class PlaneRun {
     return (1 + copy * p_.in.channels + k % p_.in.channels) * plane_ + row;
   }
 
-  struct Band {
-    int64_t image, begin, end;  // rows of the grid
-  };
+  using Band = typename Planes<T>::Band;
+  using Rows = typename Planes<T>::Rows;
   Band band(int64_t task) const {
     const int64_t image = task / bands_, b = task % bands_;
     return {image, b * w_.grid[0] / bands_, (b + 1) * w_.grid[0] / bands_};
@@ -101,21 +91,10 @@ class PlaneRun {
   }
   int64_t tiles(int64_t task) const { return (vectors(task) + 2) / 3; }
 
-  // Rows of X that a band reads: from `top` on, of which [first, last) exist.
-  struct Rows {
-    int64_t top, count, first, last;
-  };
-  Rows rows(const Band& b) const {
-    const int64_t top = b.begin * w_.stride[0] - w_.padding[0];
-    const int64_t count = (b.end - b.begin - 1) * w_.stride[0] + (w_.kernel[0] - 1) * w_.dilation[0] + 1;
-    const int64_t first = std::clamp<int64_t>(-top, 0, count);
-    return {top, count, first, std::clamp<int64_t>(p_.in.height - top, first, count)};
-  }
-
   // Where channels are neighbours: the rows of a band as [channel][row][column], by squares transposed.
   void transpose_band(int64_t task, T* to) const {
     const Band b = band(task);
-    const Rows r = rows(b);
+    const Rows r = planes_of_.rows(b);
     const int64_t channels = p_.in.channels, n = (r.last - r.first) * p_.in.width;
     const T* from = p_.x + (b.image * p_.in.height + r.top + r.first) * p_.in.width * channels;
     const T* lane[L];
@@ -131,7 +110,7 @@ class PlaneRun {
   // One of kSlices parts of the planes of a copy; with the first, the plane of zeros. `plain`: from transpose_band.
   void fill(int64_t task, int64_t copy, int64_t slice, const T* plain, T* planes) const {
     const Band b = band(task);
-    const Rows r = rows(b);
+    const Rows r = planes_of_.rows(b);
     if (copy == 0 && slice == 0) std::fill_n(planes, plane_, T(0));
     const int64_t begin = slice * p_.in.channels / kSlices, end = (slice + 1) * p_.in.channels / kSlices;
     const int64_t plane = p_.in.channels_last ? plain_ : p_.in.height * p_.in.width;
@@ -140,65 +119,7 @@ class PlaneRun {
     from += begin * plane;
     T* to = planes + (1 + copy * p_.in.channels + begin) * plane_;
     for (int64_t c = begin; c < end; c++, from += plane, to += plane_)
-      strided_ ? fill_strided(b, r, copy, from, to) : fill_plane(r, copy, from, to);
-  }
-
-  // The rows of X, shifted to where tap column j reads: grid column x reads column x + shift.
-  SK_INLINE void fill_plane(const Rows& r, int64_t j, const T* from, T* to) const {
-    const int64_t shift = j * w_.dilation[1] - w_.padding[1];
-    const int64_t low = std::clamp<int64_t>(-shift, 0, width_), high = std::clamp(p_.in.width - shift, low, width_);
-    if (r.first > 0) std::fill_n(to, r.first * width_, T(0));
-    if (r.last < r.count) std::fill(to + r.last * width_, to + r.count * width_, T(0));
-    const T *first = from + shift, *end = first + (r.last - r.first - 1) * p_.in.width + width_;
-    const bool inside = p_.in.channels_last || (first >= p_.x && end <= p_.x + numbers_);
-    if (inside && width_ >= L && low <= L && width_ - high <= L) {
-      fill_rows(r.last - r.first, low, high, first, to + r.first * width_);
-    } else if (width_ == p_.in.width && high > low && r.last > r.first) {
-      // All rows in one piece; what wraps around from row to row is cleared.
-      const int64_t begin = r.first * width_ + low, end = (r.last - 1) * width_ + high;
-      std::memcpy(to + begin, from + low + shift, size_t(end - begin) * sizeof(T));
-      for (int64_t y = r.first; y < r.last; y++) clear_ends(to + y * width_, low, high);
-    } else {
-      for (int64_t y = r.first; y < r.last; y++) {
-        std::copy_n(from + (y - r.first) * p_.in.width + low + shift, high - low, to + y * width_ + low);
-        clear_ends(to + y * width_, low, high);
-      }
-    }
-  }
-
-  // Rows by vectors: each is loaded from where it lies, beyond the ends of the row too, and lanes outside of [low,
-  // high) are cleared, of which only the first vector and the last, which may overlap the one before, have any.
-  SK_INLINE void fill_rows(int64_t rows, int64_t low, int64_t high, const T* from, T* to) const {
-    const int64_t last = width_ - L;
-    const auto at_first = mask_between<T>(low, std::min<int64_t>(high, L));
-    const auto at_last = mask_between<T>(std::max<int64_t>(low - last, 0), std::max<int64_t>(high - last, 0));
-    for (int64_t y = 0; y < rows; y++, from += p_.in.width, to += width_) {
-      store(to, Vec<T>(Mask<T>(load(from)) & at_first));
-      for (int64_t x = L; x < last; x += L) store(to + x, load(from + x));
-      if (last > 0) store(to + last, Vec<T>(Mask<T>(load(from + last)) & at_last));
-    }
-  }
-
-  // What one tap reads.
-  SK_INLINE void fill_strided(const Band& b, const Rows& r, int64_t tap, const T* from, T* to) const {
-    const int64_t step = w_.stride[1], shift = tap % w_.kernel[1] * w_.dilation[1] - w_.padding[1];
-    const int64_t low = std::clamp<int64_t>((step - 1 - shift) / step, 0, width_);
-    const int64_t high = std::clamp((p_.in.width - shift + step - 1) / step, low, width_);
-    for (int64_t y = 0; y < b.end - b.begin; y++, to += width_) {
-      const int64_t row = y * w_.stride[0] + tap / w_.kernel[1] * w_.dilation[0];  // of the band's
-      if (row < r.first || row >= r.last) {
-        std::fill_n(to, width_, T(0));
-        continue;
-      }
-      const T* line = from + (row - r.first) * p_.in.width + shift;
-      for (int64_t x = low; x < high; x++) to[x] = line[x * step];
-      clear_ends(to, low, high);
-    }
-  }
-
-  SK_INLINE void clear_ends(T* row, int64_t low, int64_t high) const {
-    for (int64_t x = 0; x < low; x++) row[x] = T(0);
-    for (int64_t x = high; x < width_; x++) row[x] = T(0);
+      strided_ ? planes_of_.fill_strided(b, r, copy, from, to) : planes_of_.fill_plane(r, copy, from, to);
   }
 
   // Where the vectors of a tile begin, how many they are, and where its first pixel is in the grid of all images.
@@ -262,10 +183,11 @@ class PlaneRun {
 
   const Product<T>& p_;
   const Window& w_;
+  const Planes<T> planes_of_;
   const int64_t chunks_;
   bool strided_;
-  int64_t bands_, copies_;                          // bands of an image, planes of a channel
-  int64_t width_, plane_, plain_, size_, numbers_;  // numbers
+  int64_t bands_, copies_;                // bands of an image, planes of a channel
+  int64_t width_, plane_, plain_, size_;  // numbers
   bool together_ = false;
   int64_t band_ = 0;
   T* planes_ = nullptr;

@@ -12,17 +12,18 @@
 // cache. With few pieces, all threads pack a few spans and then share their strips; with many, a task is a range of
 // pieces with sums of its own. Order of summation: pixel by pixel of a piece (dot: lane by lane, then over lanes), then
 // pieces, then ranges; their numbers are fixed by shape, so threads do not matter.
+// Rows k of a convolution with several taps come from planes (shifted.inl) where bands of rows fill their lanes.
 // Limits: a strip of one row (blocks one row high) loads X once per FMA.
 
-// Adds (or, at the first piece, writes) the sums of R rows times n <= N entries.
+// Adds (or, at the first piece, writes) the sums of R rows times n <= N entries. Row k of X is at place[k].
 // Codegen: R * N FMAs, R + N loads, no spill.
 template <class T, int R, int N>
-SK_INLINE void dot_kernel(const T* grad, const T* x, int64_t lanes, const int32_t* entry, int n, int64_t row_stride,
-                          bool first, T* values) {
+SK_INLINE void dot_kernel(const T* grad, const T* x, const uint32_t* place, int64_t lanes, const int32_t* entry, int n,
+                          int64_t row_stride, bool first, T* values) {
   constexpr int L = kLanes<T>, kSums = (R * N + L - 1) / L * L;
   const T* xs[N];
 #pragma GCC unroll 8
-  for (int j = 0; j < N; j++) xs[j] = x + int64_t(entry[2 * (j < n ? j : n - 1)]) * lanes;
+  for (int j = 0; j < N; j++) xs[j] = x + place[entry[2 * (j < n ? j : n - 1)]];
   Vec<T> acc[kSums];
 #pragma GCC unroll 16
   for (int i = 0; i < kSums; i++) acc[i] = Vec<T>{};
@@ -65,16 +66,17 @@ SK_INLINE void dot_kernel(const T* grad, const T* x, int64_t lanes, const int32_
 }
 
 template <class T, int R, int N>
-void dot_strip(const T* grad, const T* x, int64_t lanes, const int32_t* entry, int64_t n, int64_t row_stride,
-               bool first, T* values) {
-  for (; n >= N; n -= N, entry += 2 * N) dot_kernel<T, R, N>(grad, x, lanes, entry, N, row_stride, first, values);
+void dot_strip(const T* grad, const T* x, const uint32_t* place, int64_t lanes, const int32_t* entry, int64_t n,
+               int64_t row_stride, bool first, T* values) {
+  for (; n >= N; n -= N, entry += 2 * N)
+    dot_kernel<T, R, N>(grad, x, place, lanes, entry, N, row_stride, first, values);
   if constexpr (N > 4) {
     if (n > 0 && n <= N / 2) {
-      dot_kernel<T, R, N / 2>(grad, x, lanes, entry, int(n), row_stride, first, values);
+      dot_kernel<T, R, N / 2>(grad, x, place, lanes, entry, int(n), row_stride, first, values);
       return;
     }
   }
-  if (n > 0) dot_kernel<T, R, N>(grad, x, lanes, entry, int(n), row_stride, first, values);
+  if (n > 0) dot_kernel<T, R, N>(grad, x, place, lanes, entry, int(n), row_stride, first, values);
 }
 
 // Places of a pixel of X and of the pixel of G that reads it, in numbers from their first.
@@ -160,7 +162,7 @@ void pack_channels(const T* x, const Images& in, int64_t images, int64_t begin, 
 template <class T>
 class WeightGradRun {
  public:
-  explicit WeightGradRun(const WeightGrad<T>& p) : p_(p), plan_(p.plan) {
+  explicit WeightGradRun(const WeightGrad<T>& p) : p_(p), plan_(p.plan), planes_(p.x, p.in, p.window) {
     grid_ = p.window.grid[0] * p.window.grid[1], area_ = p.in.height * p.in.width, taps_ = p.window.taps();
     identity_ = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, {p.window.grid[0], p.window.grid[1]}, false};
     channels_ = std::max<int64_t>(std::min(plan_.span_channels, p.in.channels), 1);
@@ -172,6 +174,9 @@ class WeightGradRun {
       lanes_ = std::clamp<int64_t>(kSpanBytes / int64_t(sizeof(T)) / (channels_ * area_), 1, 64);
       span_ = (channels_ + L - 1) / L * L * area_;
       grad_ = (plan_.rows + L - 1) / L * L * grid_;
+    } else if ((rows_ = rows_of_planes()) > 0) {
+      pixels_ = p.in.images * grid_, lanes_ = rows_ * p.window.grid[1];
+      span_ = plane_size() / lanes_ + 1, grad_ = plan_.rows;
     } else {
       pixels_ = p.in.images * grid_;
       const int64_t fit = kSpanBytes / int64_t(sizeof(T)) / (channels_ * taps_);
@@ -192,11 +197,13 @@ class WeightGradRun {
     if (pixels_ == 0 || plan_.rows == 0) return;
     const int64_t sums = ranges_ > 1 ? (ranges_ - 1) * numbers() : 0, pairs = outer_ ? taps_ * lanes_ * grid_ : 0;
     const int64_t batch = std::clamp<int64_t>(2 * kSpanBytes / int64_t(sizeof(T)) / span_, 1, plan_.spans);
-    const int64_t panels = ranges_ > 1 ? 0 : batch * span_ + grad_;
-    char* scratch = static_cast<char*>(p_.scratch(0, size_t(sums + panels) * sizeof(T) + pairs * sizeof(Pair)));
+    const int64_t panels = ranges_ > 1 ? 0 : batch * span_ + grad_, places = outer_ ? 0 : 2 * channels_ * taps_;
+    const size_t tables = size_t(pairs) * sizeof(Pair) + size_t(places) * sizeof(uint32_t);
+    char* scratch = static_cast<char*>(p_.scratch(0, size_t(sums + panels) * sizeof(T) + tables));
     panel_ = reinterpret_cast<T*>(scratch), partial_ = panel_;
     pairs_ = reinterpret_cast<Pair*>(scratch + (sums + panels) * sizeof(T));
-    if (outer_) find_pairs();
+    places_ = reinterpret_cast<uint32_t*>(pairs_);
+    outer_ ? find_pairs() : find_places();
     ranges_ > 1 ? each_range() : together(batch);
   }
 
@@ -204,6 +211,25 @@ class WeightGradRun {
   static constexpr int L = kLanes<T>;
   static constexpr int64_t kSpanBytes = 256 << 10, kMinLanes = 64, kManyPieces = 8, kRanges = 8;
   static constexpr int64_t kRangeNumbers = 2 << 20, kStripTask = 8, kSlice = 128, kSumTask = 1 << 14, kMaxTaps = 256;
+
+  // Rows of the grid in a band, if X is to be taken from planes of bands: no copy for each row of taps, only for each
+  // column. Bands have to fill their lanes, as G's zeros beyond them would meet whatever X has there. 0 if not.
+  int64_t rows_of_planes() const {
+    const Window& w = p_.window;
+    if (taps_ == 1 || p_.in.channels_last || w.stride[0] > 1 || w.stride[1] > 1) return 0;
+    int64_t best = 0;
+    for (int64_t rows = 1; rows <= w.grid[0]; rows++) {
+      const int64_t lanes = rows * w.grid[1];
+      if (w.grid[0] % rows || lanes % L || lanes < kMinLanes || lanes > kMaxLanes) continue;
+      if (!best || w.kernel[1] * channels_ * plane(rows) * int64_t(sizeof(T)) <= kSpanBytes) best = rows;
+    }
+    return w.kernel[1] * channels_ * plane(best) < INT32_MAX ? best : 0;
+  }
+  // Numbers of the plane of a band of so many rows, and of all planes of a span.
+  int64_t plane(int64_t rows) const {
+    return (rows + (p_.window.kernel[0] - 1) * p_.window.dilation[0]) * p_.window.grid[1];
+  }
+  int64_t plane_size() const { return p_.window.kernel[1] * channels_ * plane(rows_); }
 
   int64_t numbers() const { return plan_.size + plan_.rows; }
   int64_t strip_tasks() const { return (plan_.strips + kStripTask - 1) / kStripTask; }
@@ -286,8 +312,18 @@ class WeightGradRun {
     const int64_t first = piece * lanes_, count = count_of(piece);
     if (outer_)
       pack_channels(p_.x + first * area_ * p_.in.channels, p_.in, count, begin_of(span), end_of(span), to);
+    else if (rows_)
+      fill_planes(piece, begin_of(span), end_of(span), to);
     else
       gather(p_.x, p_.in, p_.window, first, count, lanes_, lanes_, begin_of(span), end_of(span), to);
+  }
+
+  void fill_planes(int64_t piece, int64_t begin, int64_t end, T* to) const {
+    const int64_t bands = p_.window.grid[0] / rows_, image = piece / bands, top = piece % bands * rows_;
+    const auto r = planes_.rows({image, top, top + rows_});
+    const T* from = p_.x + image * p_.in.channels * area_ + (r.top + r.first) * p_.in.width;
+    for (int64_t j = 0; j < p_.window.kernel[1]; j++)
+      for (int64_t c = begin; c < end; c++, to += plane(rows_)) planes_.fill_plane(r, j, from + c * area_, to);
   }
 
   void pack_grad(int64_t piece, int64_t slice, T* to) const {
@@ -319,9 +355,25 @@ class WeightGradRun {
     }
   }
 
+  // Where in a panel each k of a span lies; of the last span, which may have fewer channels, behind that of the others.
+  void find_places() {
+    for (int64_t last = 0; last < 2; last++) {
+      const int64_t channels = last ? end_of(plan_.spans - 1) - begin_of(plan_.spans - 1) : channels_;
+      uint32_t* to = places_ + last * channels_ * taps_;
+      for (int64_t tap = 0; tap < taps_; tap++)
+        for (int64_t c = 0; c < channels; c++, to++) {
+          const int64_t i = tap / p_.window.kernel[1], j = tap % p_.window.kernel[1];
+          *to = rows_ ? uint32_t((j * channels + c) * plane(rows_) + i * p_.window.dilation[0] * p_.window.grid[1])
+                      : uint32_t((tap * channels + c) * lanes_);
+        }
+    }
+  }
+  const uint32_t* places(int64_t span) const { return places_ + (span == plan_.spans - 1 ? channels_ * taps_ : 0); }
+
   // ---- computing ----
   void strips(int64_t span, int64_t begin, int64_t end, const T* x, const T* grad, int64_t piece, bool first,
               T* values) const {
+    const uint32_t* place = outer_ ? nullptr : places(span);
     for (int64_t s = begin; s < end; s++) {
       const int64_t row = plan_.first_row[s], at = plan_.pointer[span * plan_.strips + s];
       const int64_t n = plan_.pointer[span * plan_.strips + s + 1] - at;
@@ -329,19 +381,19 @@ class WeightGradRun {
       switch (plan_.rows_of[s]) {
         case 4:
           outer_ ? outer<4, 3>(span, row, x, grad, entry, n, piece, first, values)
-                 : dot_strip<T, 4, 3>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+                 : dot_strip<T, 4, 3>(grad + row * lanes_, x, place, lanes_, entry, n, plan_.row_stride, first, values);
           break;
         case 3:
           outer_ ? outer<3, 4>(span, row, x, grad, entry, n, piece, first, values)
-                 : dot_strip<T, 3, 4>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+                 : dot_strip<T, 3, 4>(grad + row * lanes_, x, place, lanes_, entry, n, plan_.row_stride, first, values);
           break;
         case 2:
           outer_ ? outer<2, 6>(span, row, x, grad, entry, n, piece, first, values)
-                 : dot_strip<T, 2, 6>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+                 : dot_strip<T, 2, 6>(grad + row * lanes_, x, place, lanes_, entry, n, plan_.row_stride, first, values);
           break;
         default:
           outer_ ? outer<1, 8>(span, row, x, grad, entry, n, piece, first, values)
-                 : dot_strip<T, 1, 8>(grad + row * lanes_, x, lanes_, entry, n, plan_.row_stride, first, values);
+                 : dot_strip<T, 1, 8>(grad + row * lanes_, x, place, lanes_, entry, n, plan_.row_stride, first, values);
       }
     }
   }
@@ -398,13 +450,16 @@ class WeightGradRun {
 
   const WeightGrad<T>& p_;
   const Plan& plan_;
+  const Planes<T> planes_;
   Window identity_;
   bool outer_;
+  int64_t rows_ = 0;                           // of a band of planes; 0: panels
   int64_t grid_, area_, taps_, channels_;      // pixels of an image of G, of X; taps; channels of a span
   int64_t pixels_, lanes_, pieces_, ranges_;   // pixels (outer: images), those of a piece, pieces, ranges
   int64_t span_, grad_;                        // numbers of a panel of X, of G
   int64_t piece_ = 0, span0_ = 0, batch_ = 0;  // where `together` is
   T *panel_ = nullptr, *partial_ = nullptr;
   Pair* pairs_ = nullptr;
+  uint32_t* places_ = nullptr;
   int64_t per_image_[kMaxTaps];
 };

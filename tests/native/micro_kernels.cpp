@@ -17,6 +17,7 @@ namespace {
 // As in kernels.inl.
 #include "cpu/simd.inl"
 #include "cpu/panel_product.inl"
+#include "cpu/shifted.inl"
 #include "cpu/tile.inl"
 #include "cpu/wgrad.inl"
 #include "cpu/wide.inl"
