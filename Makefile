@@ -4,9 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
+TRITON := triton==3.9.0
+TRITON_OLDEST := triton==3.6.0
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format build bench bench-regression clean
+.PHONY: demo test test-all test-gpu lint format build bench bench-regression clean
 
 # ---- set up and build ---------------------------------------------------------------------------------------------
 NEEDED := command -v $(CXX) >/dev/null && $(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'
@@ -20,6 +22,8 @@ APT := export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && \
 		"(on Debian: apt-get install g++ python3-dev python3-venv); see CONTRIBUTING.md" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools cmake ninja pybind11 torch
+	@# A torch for GPUs has brought the Triton that it is pinned to; elsewhere the newest one compiles the kernels in tests.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) $(TRITON)
 	@touch $@
 
 build/installed: .venv/ready setup.py
@@ -48,7 +52,19 @@ test: build lint
 
 test-all: build lint tools
 	$(PYTEST) -n 2 -m "slow or not slow"
-	$(MAKE) test-sanitized
+	$(MAKE) test-triton-oldest test-sanitized
+
+# The cases that emulators run in `make test`, on the GPU of this machine.
+test-gpu: build
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU here"'
+	SPARSEKERN_TEST_DEVICE=cuda $(PYTEST) -m "slow or not slow" tests/gpu tests/test_backend_triton.py
+
+# Every kernel compiled by the oldest Triton that is supported, too; it stays out of .venv.
+.PHONY: test-triton-oldest
+test-triton-oldest: build
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || [ -d build/triton-oldest ] || \
+		$(BIN)/pip install -qq --disable-pip-version-check --no-deps --target build/triton-oldest $(TRITON_OLDEST)
+	PYTHONPATH=build/triton-oldest $(PYTEST) -n 2 -m "slow or not slow" tests/gpu/test_compile.py
 
 # What tests of other compilers and processors need; where they cannot be had, those tests say that they are skipped.
 .PHONY: tools
@@ -92,6 +108,11 @@ build/peers: build/installed
 
 bench: build build/peers
 	$(BIN)/python -m bench
+
+# On a GPU; without one, a model's figures.
+.PHONY: bench-cuda
+bench-cuda: build
+	$(BIN)/python -m bench --device cuda
 
 # Against the last run on this machine, if there is one: fails where a median is a quarter above it.
 bench-regression: build build/peers

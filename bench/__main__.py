@@ -1,4 +1,7 @@
-"""``python -m bench [--quick] [--only CASE ...] [--name NAME]``: writes bench/results/NAME.csv and NAME.json."""
+"""``python -m bench [--quick] [--only CASE ...] [--name NAME]``: writes bench/results/NAME.csv and NAME.json.
+
+``python -m bench --device cuda [--quick] [--tune]`` is another table, of linear layers on a GPU (``bench/cuda``).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from sparsekern import info
 from .cases import CASES
 from .ceilings import measure_ceilings
 from .cover import FULL, QUICK, on_cores, only
+from .cuda.run import main as run_cuda
 from .networks import NETWORKS
 from .peers import versions
 from .run import count, machine, measure
@@ -31,7 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--name", help="of the result files; by default the CPU model, threads and what was chosen")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (%(default)s)")
+    parser.add_argument("--tune", action="store_true", help="cuda: first measure the tuning table of the kernels anew")
     args = parser.parse_args(argv)
+    if args.tune and args.device != "cuda":
+        parser.error("--tune is for --device cuda")
+    if args.device == "cuda":
+        if args.only or args.name:
+            parser.error("--only and --name are for --device cpu")
+        return run_cuda(args.out, args.quick, args.tune, Console())
 
     cover = QUICK if args.quick else FULL
     if args.only:

@@ -7,6 +7,10 @@ The three products are closed under differentiation, so the backward of each Fun
     wgrad   G(g, x)      d g = F(x, v)      d x = D(g, v)      (v: gradient of G's result)
 
 A bias adds to F, and its gradient, the sum of g, comes with G; then d g of G is F with the bias' v added.
+
+``tf32`` says which kernels compute a linear layer, with the plans that they read: None those of the CPU (or of plain
+torch), a bool those of Triton, which may or may not round the factors of float32 products to TF32. A backward takes
+what its forward took.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from .plan import Plans
 linear_op = torch.ops.sparsekern.bsr_linear.default
 linear_dgrad_op = torch.ops.sparsekern.bsr_linear_dgrad.default
 linear_wgrad_op = torch.ops.sparsekern.bsr_linear_wgrad.default
+linear_triton_op = torch.ops.sparsekern.bsr_linear_triton.default
+linear_dgrad_triton_op = torch.ops.sparsekern.bsr_linear_dgrad_triton.default
+linear_wgrad_triton_op = torch.ops.sparsekern.bsr_linear_wgrad_triton.default
 conv2d_op = torch.ops.sparsekern.bsr_conv2d.default
 conv2d_dgrad_op = torch.ops.sparsekern.bsr_conv2d_dgrad.default
 conv2d_wgrad_op = torch.ops.sparsekern.bsr_conv2d_wgrad.default
@@ -42,11 +49,13 @@ class Conv(NamedTuple):
 class Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, plans: Plans
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, plans: Plans, tf32: bool | None
     ) -> Tensor:
         ctx.save_for_backward(x, values)
-        ctx.layer = (pattern, plans)
-        return linear_op(x, values, bias, plans[0], plans[1], plans[2], pattern.shape[0])
+        ctx.layer = (pattern, plans, tf32)
+        if tf32 is None:
+            return linear_op(x, values, bias, plans[0], plans[1], plans[2], pattern.shape[0])
+        return linear_triton_op(x, values, bias, *plans[:3], pattern.shape[0], tf32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -58,15 +67,17 @@ class Linear(torch.autograd.Function):
             grad_values, grad_bias = _wgrad(grad, x, need_bias, *ctx.layer)
         elif need_bias:
             grad_bias = grad.sum_to_size(grad.shape[-1:])
-        return grad_x, grad_values, grad_bias, None, None
+        return grad_x, grad_values, grad_bias, None, None, None
 
 
 class _LinearDgrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, values: Tensor, pattern: BlockPattern, plans: Plans) -> Tensor:
+    def forward(
+        ctx: Any, grad: Tensor, values: Tensor, pattern: BlockPattern, plans: Plans, tf32: bool | None
+    ) -> Tensor:
         ctx.save_for_backward(grad, values)
-        ctx.layer = (pattern, plans)
-        return linear_dgrad_op(grad, values, plans.crow_indices, plans.col_indices, plans.dgrad, pattern.shape[1])
+        ctx.layer = (pattern, plans, tf32)
+        return _run_dgrad(grad, values, pattern, plans, tf32)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,17 +85,17 @@ class _LinearDgrad(torch.autograd.Function):
         need_grad, need_values = ctx.needs_input_grad[:2]
         grad_grad = Linear.apply(u, values, None, *ctx.layer) if need_grad else None
         grad_values = _wgrad(grad, u, False, *ctx.layer)[0] if need_values else None
-        return grad_grad, grad_values, None, None
+        return grad_grad, grad_values, None, None, None
 
 
 class _LinearWgrad(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, x: Tensor, pattern: BlockPattern, plans: Plans, bias: bool
+        ctx: Any, grad: Tensor, x: Tensor, bias: bool, pattern: BlockPattern, plans: Plans, tf32: bool | None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(grad, x)
-        ctx.layer, ctx.bias = (pattern, plans), bias
-        return linear_wgrad_op(grad, x, plans.crow_indices, plans.col_indices, plans.wgrad, pattern.blocksize, bias)
+        ctx.layer, ctx.bias = (pattern, plans, tf32), bias
+        return _run_wgrad(grad, x, bias, pattern, plans, tf32)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,20 +103,29 @@ class _LinearWgrad(torch.autograd.Function):
         need_grad, need_x = ctx.needs_input_grad[:2]
         grad_grad = Linear.apply(x, v, vb if ctx.bias else None, *ctx.layer) if need_grad else None
         grad_x = _dgrad(grad, v, *ctx.layer) if need_x else None
-        return grad_grad, grad_x, None, None, None
+        return grad_grad, grad_x, None, None, None, None
 
 
-def _dgrad(grad: Tensor, values: Tensor, pattern: BlockPattern, plans: Plans) -> Tensor:
-    if torch.is_grad_enabled():
-        return _LinearDgrad.apply(grad, values, pattern, plans)
-    return linear_dgrad_op(grad, values, plans.crow_indices, plans.col_indices, plans.dgrad, pattern.shape[1])
+def _run_dgrad(grad: Tensor, values: Tensor, pattern: BlockPattern, plans: Plans, tf32: bool | None) -> Tensor:
+    args = (grad, values, plans[0], plans[1], plans.dgrad, pattern.shape[1])
+    return linear_dgrad_op(*args) if tf32 is None else linear_dgrad_triton_op(*args, tf32)
 
 
-def _wgrad(grad: Tensor, x: Tensor, bias: bool, pattern: BlockPattern, plans: Plans) -> tuple[Tensor, Tensor | None]:
-    if torch.is_grad_enabled():
-        grad_values, grad_bias = _LinearWgrad.apply(grad, x, pattern, plans, bias)
-    else:
-        grad_values, grad_bias = linear_wgrad_op(grad, x, *plans[:2], plans.wgrad, pattern.blocksize, bias)
+def _run_wgrad(
+    grad: Tensor, x: Tensor, bias: bool, pattern: BlockPattern, plans: Plans, tf32: bool | None
+) -> tuple[Tensor, Tensor]:
+    args = (grad, x, plans[0], plans[1], plans.wgrad, pattern.blocksize, bias)
+    return linear_wgrad_op(*args) if tf32 is None else linear_wgrad_triton_op(*args, tf32)
+
+
+def _dgrad(grad: Tensor, values: Tensor, *layer: Any) -> Tensor:
+    run = _LinearDgrad.apply if torch.is_grad_enabled() else _run_dgrad
+    return run(grad, values, *layer)
+
+
+def _wgrad(grad: Tensor, x: Tensor, bias: bool, *layer: Any) -> tuple[Tensor, Tensor | None]:
+    run = _LinearWgrad.apply if torch.is_grad_enabled() else _run_wgrad
+    grad_values, grad_bias = run(grad, x, bias, *layer)
     return grad_values, grad_bias if bias else None
 
 

@@ -38,11 +38,12 @@ class LayerReport:
     kept: int
     weights: int
     bias: bool
-    backend: str  # what runs: "cpu", "dense" or "reference"
+    backend: str  # what runs: "cpu", "triton", "dense" or "reference"
     dead_outputs: int  # rows without a weight
     # Where "auto" has weighed the kernels against dense: the speed-up that it expects of a training step against
     # torch's dense layer, at the nominal batch of sparsekern.cost.choose.
     speedup: float | None = None
+    why: str | None = None  # on a GPU, why "auto" has not chosen the sparse kernels
 
     @property
     def density(self) -> float:
@@ -92,6 +93,9 @@ class Report:
             for row in self.converted
             if row.dead_outputs
         ]
+        for why in dict.fromkeys(row.why for row in self.converted if row.why):
+            rows_so = [row for row in self.converted if row.why == why]
+            lines.append(f"{', '.join(row.name for row in rows_so)}: {rows_so[0].backend}, not sparse kernels: {why}")
         if any(row.speedup is not None for row in self.converted):
             lines.append(
                 f"speed-up: of a training step against torch's dense layer, with {cost.NOMINAL}, predicted by "
@@ -308,4 +312,5 @@ def _row(name: str, layer: SparseLayer) -> LayerReport:
         backend=layer.runs,
         dead_outputs=pattern.dead_rows().numel(),
         speedup=choice.dense_layer / choice.seconds if choice and choice.dense_layer and choice.seconds else None,
+        why=layer.why,
     )

@@ -20,11 +20,14 @@ from .autograd import (
     conv2d_op,
     functorch_is_active,
     linear_op,
+    linear_triton_op,
 )
+from .backend import Backend as Backend
+from .backend import constant_in_graphs, resolve
 from .pattern import INT32_MAX, BlockPattern
 from .plan import Kernel, Plans, make_plans
+from .triton.plan import make_plan as make_triton_plan
 
-Backend = Literal["auto", "cpu", "dense", "reference"]
 Size2 = int | tuple[int, int]
 
 
@@ -40,6 +43,18 @@ def prepare(pattern: BlockPattern, kernel: Kernel | None = None) -> Plans:
     return plans
 
 
+def prepare_triton(pattern: BlockPattern) -> Plans:
+    """As :func:`prepare`, for a linear layer and the kernels of Triton, whose blocksizes it must be of.
+
+    Neither Triton nor a GPU is needed.
+    """
+    plans: Plans | None = pattern._plans.get("triton")
+    if plans is None:
+        products = (make_triton_plan(pattern, product) for product in ("forward", "dgrad", "wgrad"))
+        plans = pattern._plans["triton"] = Plans(pattern._crow, pattern._col, *products)
+    return plans
+
+
 def bsr_linear(
     x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
@@ -50,37 +65,45 @@ def bsr_linear(
         values: [nnz_blocks, bh, bw]; entries that overhang the edge of W are never read.
         pattern: of shape (out_features, in_features).
         bias: [out_features] or None.
-        backend: "cpu" for the compiled kernels (float32, float64; 16-bit types compute in float32), "dense" for torch's
-            own product with a dense weight that the values are written into, "reference" for plain torch, the truth in
-            tests, "auto" for the kernels where they exist and "reference" elsewhere. (A layer's "auto" also weighs
-            dense against the kernels: :func:`sparsekern.cost.choose`.)
+        backend: "cpu" for the compiled kernels (float32, float64; 16-bit types compute in float32), "triton" for GPUs'
+            (float32, with TF32 where torch allows it for products of matrices, bfloat16, float16; sums in float32),
+            "dense" for torch's own product with a dense weight that the values are written into, "reference" for plain
+            torch, the truth in tests, "auto" for the kernels where they exist, otherwise "dense" on GPUs and
+            "reference" elsewhere. (A layer's "auto" also weighs dense against the kernels of the CPU:
+            :func:`sparsekern.cost.choose`.)
 
     Returns:
         [*, out_features].
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
-        RuntimeError: ``backend="cpu"`` and no kernels are built.
+        RuntimeError: ``backend="cpu"`` and no kernels are built, or ``"triton"`` and Triton cannot run here.
     """
     if _plain(x, values, pattern, bias, backend):
         plans = prepare(pattern)
         try:
             if _differentiates():
-                return apply_linear(x, values, bias, pattern, plans)
+                return apply_linear(x, values, bias, pattern, plans, None)
             return linear_op(x, values, bias, plans[0], plans[1], plans[2], pattern.shape[0])
         except RuntimeError:
             _linear_arguments(x, values, pattern, bias)  # has better words for what the op found wrong
             raise
-    x, values, bias, result = _linear_arguments(x, values, pattern, bias)
-    if backend == "dense":
+    x, values, bias, result = _linear_arguments(x, values, pattern, bias, backend)
+    runs, outputs = resolve(backend, x.device.type, x.dtype, pattern.blocksize), pattern.shape[0]
+    if runs == "dense":
         y = dense.linear(x, values, bias, pattern)
         return y if result is None else y.to(result)
-    plans, outputs = prepare(pattern), pattern.shape[0]
-    if resolve(backend, x.device.type) == "reference":
+    if runs == "triton":
+        plans, tf32 = prepare_triton(pattern), _allow_tf32()
+        if _differentiates():
+            return Linear.apply(x, values, bias, pattern, plans, tf32)
+        return linear_triton_op(x, values, bias, *plans[:3], outputs, tf32)
+    plans = prepare(pattern)
+    if runs == "reference":
         with torch.autocast(x.device.type, enabled=False):
             y = reference.bsr_linear(x, values, bias, plans.crow_indices, plans.col_indices, plans.forward, outputs)
     elif _differentiates():
-        y = Linear.apply(x, values, bias, pattern, plans)
+        y = Linear.apply(x, values, bias, pattern, plans, None)
     else:
         y = linear_op(x, values, bias, plans.crow_indices, plans.col_indices, plans.forward, outputs)
     return y if result is None else y.to(result)
@@ -111,7 +134,7 @@ def bsr_conv2d(
         bias: [c_out] or None.
         stride, padding, dilation, groups: as in ``F.conv2d``.
         kernel_size: kh and kw, which the matrix alone does not tell.
-        backend: as in :func:`bsr_linear`.
+        backend: as in :func:`bsr_linear`, but for "triton": convolutions have no GPU kernels, "auto" is "dense" there.
 
     Returns:
         [n, c_out, h', w'] or [c_out, h', w'].
@@ -140,12 +163,13 @@ def bsr_conv2d(
     if any(odd):
         images = F.pad(images, (0, odd[1], 0, odd[0]))
     channels_last = torch._prims_common.suggest_memory_format(images) == torch.channels_last
-    if backend == "dense":
+    runs = resolve(backend, x.device.type, x.dtype, pattern.blocksize, convolution=True)
+    if runs == "dense":
         y = dense.conv2d(images, values, bias, pattern, *conv, channels_last)
         y = y if x.dim() == 4 else y.squeeze(0)
         return y if result is None else y.to(result)
     plans = prepare(pattern, (*conv.kernel_size, groups))
-    if resolve(backend, x.device.type) == "reference":
+    if runs == "reference":
         crow, col, plan = plans[:3]
         with torch.autocast(x.device.type, enabled=False):
             y = reference.bsr_conv2d(images, values, bias, crow, col, plan, pattern.shape[0], *conv, channels_last)
@@ -157,28 +181,14 @@ def bsr_conv2d(
     return y if result is None else y.to(result)
 
 
-def resolve(backend: Backend, device_type: str) -> Literal["cpu", "dense", "reference"]:
-    """What ``backend`` means for tensors on a device of that type; only "auto" leaves a choice.
-
-    Raises:
-        ValueError: an unknown backend, or "cpu" for another device.
-        RuntimeError: "cpu" and no kernels are built.
-    """
-    if backend == "reference" or backend == "dense":
-        return backend
-    if backend == "auto":
-        return "cpu" if device_type == "cpu" and not ops.CPU_KERNELS_MISSING else "reference"
-    if backend != "cpu":
-        raise ValueError(f'backend must be "auto", "cpu", "dense" or "reference", got {backend!r}')
-    if ops.CPU_KERNELS_MISSING:
-        raise RuntimeError(f'backend="cpu" needs the compiled kernels: {ops.CPU_KERNELS_MISSING}')
-    if device_type != "cpu":
-        raise ValueError(f'backend="cpu" needs tensors on the CPU, got x on {device_type}')
-    return "cpu"
+@constant_in_graphs
+def _allow_tf32() -> bool:
+    """Torch's setting for products of float32 matrices, whichever of its two interfaces was used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _arguments(
-    x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None
+    x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
     """Check what is common to both products; the tensors to compute with and, if it differs, the result's dtype."""
     pattern.check_values(values)
@@ -201,10 +211,10 @@ def _arguments(
         raise TypeError(f"bias must have the dtype of x, {dtype}, got {bias.dtype}")
     if dtype == torch.float32 or dtype == torch.float64:
         return x, values, bias, None
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if device.type == "cpu" and backend != "triton" and dtype in (torch.bfloat16, torch.float16):
         # No 16-bit arithmetic on this path: products and sums in float32, one rounding at the end.
         return x.float(), values.float(), None if bias is None else bias.float(), dtype
-    if device.type == "cpu":
+    if device.type == "cpu" and backend != "triton":
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {dtype}")
     return x, values, bias, None
 
@@ -240,7 +250,7 @@ def _plain(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None
 
 
 def _linear_arguments(
-    x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None
+    x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
     _check_types(x, values, pattern, bias)
     inputs = pattern.shape[1]
@@ -248,7 +258,7 @@ def _linear_arguments(
         raise ValueError(
             f"x must have shape [*, {inputs}] for a pattern of shape {pattern.shape}, got {tuple(x.shape)}"
         )
-    return _arguments(x, values, pattern, bias)
+    return _arguments(x, values, pattern, bias, backend)
 
 
 def _conv2d_arguments(

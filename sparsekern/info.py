@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, ops
+from . import __version__, ops, triton
 
 
 def collect() -> dict[str, Any]:
@@ -26,6 +27,7 @@ def collect() -> dict[str, Any]:
           ``"supported"``, ``"supported, only by SPARSEKERN_CPU_ISA"`` or ``"not supported by this CPU"``}
         - ``threads``: how many torch uses
         - ``ops``: {op: "cpu", or the reason why plain torch answers}
+        - ``triton``: its version, where the GPU kernels can run, or the reason why not
         - ``gpu``: name and compute capability of each device, or the reason why there is none
 
     Raises:
@@ -47,6 +49,7 @@ def collect() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "ops": {name: _op_backend(name) for name in ops.SCHEMAS},
+        "triton": triton.missing() or importlib.metadata.version("triton"),
         "gpu": _gpu(),
     }
 

@@ -6,21 +6,25 @@ buffers ``crow_indices`` and ``col_indices`` are a record of the pattern for ``s
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import cost, dense, functional
+from . import cost, dense, functional, triton
+from .backend import BACKENDS, OF_CONVOLUTIONS, Backend, Runs
 from .eligible import why_not
-from .functional import Backend
 from .optimizer import forbid
 from .pattern import BlockPattern
 from .weights import weight_from_matrix, weight_matrix
 
 Padding = int | tuple[int, int] | Literal["same", "valid"]
+
+log = logging.getLogger("sparsekern")
 
 INDEX_BUFFERS = ("crow_indices", "col_indices")
 
@@ -32,12 +36,14 @@ class SparseLayer(nn.Module):
         values: Parameter [nnz_blocks, bh, bw], contiguous, in the order of ``pattern.col_indices``. Entries of edge
             blocks that overhang the weight are 0 at first, get gradient 0 and are never read.
         bias: Parameter [outputs] or None.
-        runs: "cpu", "dense" or "reference": ``backend`` itself, or what "auto" has chosen.
+        runs: "cpu", "triton", "dense" or "reference": ``backend`` itself, or what "auto" has chosen.
+        why: on a GPU, why "auto" has not chosen the sparse kernels; None where it has, and on the CPU.
     """
 
     values: nn.Parameter
     bias: nn.Parameter | None
-    runs: Backend
+    runs: Runs
+    why: str | None
     crow_indices: Tensor
     col_indices: Tensor
 
@@ -61,10 +67,10 @@ class SparseLayer(nn.Module):
             raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
         if pattern.shape != matrix_shape:
             raise ValueError(f"pattern must have shape {matrix_shape} for a weight {weight_shape}, got {pattern.shape}")
-        _check_backend(backend)
-        self._backend = backend
         # What the plans of a convolution depend on besides the pattern; a linear layer has none.
         self._kernel = (weight_shape[2], weight_shape[3], groups) if len(weight_shape) == 4 else None
+        self._check_backend(backend)
+        self._backend = backend
         self.values = nn.Parameter(torch.empty(pattern.values_shape, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(matrix_shape[0], device=device, dtype=dtype))
@@ -82,18 +88,24 @@ class SparseLayer(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        """What is to compute: "cpu", "dense" or "reference" as in :func:`sparsekern.functional.bsr_linear`, or "auto".
+        """What is to compute: "cpu", "triton", "dense" or "reference" as in :func:`sparsekern.functional.bsr_linear`.
 
-        "auto" stands for what :func:`sparsekern.cost.choose` expects to be fastest for the layer's pattern, dtype and
-        device, and is chosen anew whenever one of them changes.
+
+        Or "auto", which stands for what :func:`sparsekern.cost.choose` expects to be fastest for the layer's pattern,
+        dtype and device, and is chosen anew whenever one of them changes.
         """
         return self._backend
 
     @backend.setter
     def backend(self, backend: Backend) -> None:
-        _check_backend(backend)
+        self._check_backend(backend)
         self._backend = backend
         self._choose()
+
+    def _check_backend(self, backend: Backend) -> None:
+        known = OF_CONVOLUTIONS if self._kernel else BACKENDS
+        if backend not in known:
+            raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
 
     def reset_parameters(self) -> None:
         """Draw ``values`` and ``bias`` anew, as a masked dense layer would: uniform in ±1/sqrt(fan_in).
@@ -136,7 +148,13 @@ class SparseLayer(nn.Module):
         )
 
     def _choose(self) -> None:
-        self.runs = self._choice().backend if self._backend == "auto" else self._backend
+        self.why = None
+        if self._backend == "auto":
+            self.runs, self.why = self._choice()[:2]
+        else:
+            self.runs = self._backend
+        if self.why and self.values.device.type != "cpu":  # there, importing the package has said it
+            _say_once(self.runs, self.why)
         if self.values.device.type != "meta":
             self._prepared()
 
@@ -144,6 +162,10 @@ class SparseLayer(nn.Module):
         """The tensors that what runs reads beside the values; made, and kept on the pattern, where they are missing."""
         if self.runs == "dense":
             return (dense.positions(self._pattern, self._kernel),)
+        if self.runs == "triton":
+            # Where there are no kernels for the layer as it is now, its call says so; .to() must not.
+            refused = triton.supports(self._pattern.blocksize, self.values.dtype)
+            return () if refused else functional.prepare_triton(self._pattern)
         return functional.prepare(self._pattern, self._kernel)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
@@ -230,7 +252,8 @@ class SparseLayer(nn.Module):
         _copy_flags(self, module, "values", "weight")
 
     def _sparse_repr(self) -> str:
-        return f"blocksize={self.pattern.blocksize}, density={self.pattern.density:.4g}, backend={self.backend!r}"
+        text = f"blocksize={self.pattern.blocksize}, density={self.pattern.density:.4g}, backend={self.backend!r}"
+        return f"{text} (runs {self.runs}: {self.why})" if self.why else text
 
 
 class SparseLinear(SparseLayer):
@@ -398,9 +421,9 @@ def check_values(values: Tensor, pattern: BlockPattern, name: str) -> None:
         raise ValueError(f"{name} is not 0 where blocks overhang the edge of the weight, {pattern.shape}")
 
 
-def _check_backend(backend: Backend) -> None:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+@functools.cache
+def _say_once(runs: str, why: str) -> None:
+    log.warning('backend="auto": sparse layers run as %s: %s (said once)', runs, why)
 
 
 def _overhangs(pattern: BlockPattern) -> bool:

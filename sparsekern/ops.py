@@ -11,20 +11,26 @@ has dY at hand already.
 ``plan`` is what the CPU kernel of that op needs (``plan.py``); the indices are for the others. The ops trust their
 indices and plans, which is why they are private: ``functional.py`` is the way in. They carry no autograd rule: each
 product's gradient is made of the other two, in ``autograd.py``.
+
+``bsr_linear_triton``, ``bsr_linear_dgrad_triton`` and ``bsr_linear_wgrad_triton`` are the linear ones on GPUs, with
+plans of their own (``triton/plan.py``).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import reference, triton
 
 log = logging.getLogger("sparsekern")
 
@@ -44,6 +50,9 @@ SCHEMAS = {
     "bsr_conv2d_wgrad": f"(Tensor grad_output, Tensor input, {_INDICES}, int[2] blocksize, {_CONV}, bool bias) "
     "-> (Tensor, Tensor)",
 }
+
+# The same products by the kernels of `triton/`, with a plan of their own: the schema of the op and one argument more.
+TRITON = {f"{name}_triton": name for name in SCHEMAS if name.startswith("bsr_linear")}
 
 
 def output_size(
@@ -151,11 +160,49 @@ def _load_cpu_kernels() -> str | None:
     return None
 
 
+@functools.cache
+def triton_kernels() -> ModuleType:
+    """The module of the GPU kernels, imported here and only here: with it comes Triton.
+
+    Raises:
+        RuntimeError: why they cannot run.
+    """
+    reason = triton.missing()
+    if reason:
+        raise RuntimeError(f'backend="triton" cannot run here: {reason}')
+    return importlib.import_module(".triton.linear", __package__)
+
+
+def triton_device() -> str:
+    """Type of the device that Triton computes on; "cpu" where an emulator stands for its driver."""
+    from triton.runtime import driver
+
+    return str(driver.active.get_active_torch_device().type)
+
+
+def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], op: str) -> None:
+    torch.library.define(f"sparsekern::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"sparsekern::{name}", "CompositeExplicitAutograd", torch.no_grad()(kernel))
+    torch.library.register_fake(f"sparsekern::{name}", fake)
+    register_flop_formula(getattr(torch.ops.sparsekern, name))(_FAKES[op][1])
+
+
+def _define_triton(name: str, op: str) -> None:
+    product = op.removeprefix("bsr_")
+
+    def kernel(*args: Any) -> Any:
+        return getattr(triton_kernels(), product)(*args)
+
+    def fake(*args: Any) -> Any:
+        return _FAKES[op][0](*args[:-1])
+
+    _define(name, SCHEMAS[op].replace(") -> ", ", bool allow_tf32) -> ", 1), kernel, fake, op)
+
+
 for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"sparsekern::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"sparsekern::{_name}", "CompositeExplicitAutograd", torch.no_grad()(getattr(reference, _name)))
-    torch.library.register_fake(f"sparsekern::{_name}", _FAKES[_name][0])
-    register_flop_formula(getattr(torch.ops.sparsekern, _name))(_FAKES[_name][1])
+    _define(_name, _schema, getattr(reference, _name), _FAKES[_name][0], _name)
+for _name, _op in TRITON.items():
+    _define_triton(_name, _op)
 
 CPU_KERNELS_MISSING = _load_cpu_kernels()
 if CPU_KERNELS_MISSING:

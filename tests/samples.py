@@ -180,9 +180,10 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 def make_pattern(
     shape: tuple[int, int], blocksize: tuple[int, int], density: str, generator: torch.Generator
 ) -> BlockPattern:
-    """third, sparse: at random; full; none; one: a single block in the corner; holes: rows and columns left empty."""
+    """third, tenth, sparse: at random; full; none; one: a block in the corner; holes: rows and columns left empty."""
     grid = tuple(-(-n // b) for n, b in zip(shape, blocksize, strict=True))
-    mask = torch.rand(grid, generator=generator) < {"third": 0.33, "holes": 0.6, "sparse": 0.03}.get(density, 1.0)
+    odds = {"third": 0.33, "tenth": 0.1, "holes": 0.6, "sparse": 0.03}
+    mask = torch.rand(grid, generator=generator) < odds.get(density, 1.0)
     if density == "none":
         mask[:] = False
     elif density == "one":

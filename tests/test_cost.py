@@ -64,14 +64,14 @@ def test_the_choice_is_the_smaller_prediction():
     # Dense: 1 + 0.5 density, kernels: 2 density, in seconds of a layer of a million weights. Even at 2/3.
     for density, backend, seconds in ((0.6, "cpu", 1.2), (0.7, "dense", 1.35)):
         choice = cost.choose("cpu", FLOAT, (4, 4), (1000, 1000), density, table=holds)
-        assert choice == (backend, pytest.approx(seconds), pytest.approx(1.0))
+        assert choice == (backend, None, pytest.approx(seconds), pytest.approx(1.0))
 
 
 def test_the_choice_is_for_a_whole_step_at_the_nominal_batch():
     for product in PRODUCTS:
         holds = priced(**{f"linear_sparse_{product}_out": 1.0, f"linear_dense_{product}_call": 1.0})
         choice = cost.choose("cpu", FLOAT, (1, 1), (30, 20), 0.5, table=holds)
-        assert choice == ("dense", 1.0, 1.0)
+        assert choice == ("dense", None, 1.0, 1.0)
         assert holds.predict(cost.nominal((30, 20), None).sparse((1, 1), 0.5)) == 128 * 30
     assert cost.nominal((30, 18), (3, 3, 1)) == Work.conv2d(30, 2, (3, 3), 32, (16, 16), (16, 16), False)
 
@@ -80,11 +80,11 @@ def test_the_choice_knows_what_it_does_not_know():
     dense = prices(lambda name: ".sparse." in name)
     choose = cost.choose
     assert choose("cpu", FLOAT, (1, 1), (8, 18), 1.0, (3, 3, 1), dense).backend == "dense"
-    assert choose("cpu", FLOAT, (1, 1), (8, 18), 1.0, (3, 3, 2), dense) == ("cpu", None, None)
-    assert choose("cpu", torch.float64, (1, 1), (8, 18), 1.0, None, dense) == ("cpu", None, None)
-    assert choose("cpu", torch.bfloat16, (1, 1), (8, 18), 1.0, None, dense) == ("cpu", None, None)
-    assert choose("cuda", FLOAT, (1, 1), (8, 18), 1.0, None, dense) == ("reference", None, None)
-    assert choose("cpu", FLOAT, (1, 1), (0, 18), 1.0, None, dense) == ("cpu", None, None)
+    assert choose("cpu", FLOAT, (1, 1), (8, 18), 1.0, (3, 3, 2), dense) == ("cpu", None, None, None)
+    assert choose("cpu", torch.float64, (1, 1), (8, 18), 1.0, None, dense) == ("cpu", None, None, None)
+    assert choose("cpu", torch.bfloat16, (1, 1), (8, 18), 1.0, None, dense) == ("cpu", None, None, None)
+    assert choose("mps", FLOAT, (1, 1), (8, 18), 1.0, None, dense).backend == "reference"
+    assert choose("cpu", FLOAT, (1, 1), (0, 18), 1.0, None, dense) == ("cpu", None, None, None)
 
 
 def test_without_kernels_there_is_no_choice(monkeypatch):
@@ -118,7 +118,7 @@ def test_a_calibration_is_saved_found_and_followed(calibration):
     assert table.current() == mine
     assert mine.source() == "the calibration of this machine"
     assert [file.name for file in calibration.parent.iterdir()] == ["calibration.json"]
-    assert cost.choose("cpu", FLOAT, (1, 1), (9, 9), 1.0)[1:] == (4.0, 4.0)
+    assert cost.choose("cpu", FLOAT, (1, 1), (9, 9), 1.0)[2:] == (4.0, 4.0)
 
 
 def test_where_a_calibration_is_kept(tmp_path, monkeypatch):

@@ -67,8 +67,8 @@ def test_an_explicit_choice_is_taken_at_its_word(make):
     twin.backend = "dense"
     assert twin.runs == "dense"
     assert torch.equal(layer(x), twin(x))
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, dense, reference, got 'triton'"):
-        twin.backend = "triton"
+    with pytest.raises(ValueError, match=r"backend must be one of auto, cpu, .*dense, reference, got 'cuda'"):
+        twin.backend = "cuda"
     assert (twin.backend, twin.runs) == ("dense", "dense")
 
 

@@ -384,7 +384,9 @@ LINEAR_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias shape": ({"bias": torch.ones(6)}, ValueError, r"bias must have shape \(4,\).*got \(6,\)"),
     "bias dtype": ({"bias": BIAS.double()}, TypeError, "bias must have the dtype of x, .*got torch.float64"),
     "bias device": ({"bias": BIAS.to("meta")}, ValueError, r"bias must have shape \(4,\) on cpu, got \(4,\) on meta"),
-    "backend": ({"backend": "cuda"}, ValueError, 'backend must be "auto", "cpu", "dense" or "reference", got \'cuda\''),
+    "backend": (
+        {"backend": "cuda"}, ValueError, 'be "auto", "cpu", "triton", "dense" or "reference", got .cuda.',
+    ),
 }  # fmt: skip
 
 

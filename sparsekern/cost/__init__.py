@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import Backend, resolve
+from ..backend import Runs, automatic
 from ..plan import Kernel
 from .model import Work
 from .table import Table, current
@@ -24,7 +24,8 @@ NOMINAL = f"{ROWS} rows or {IMAGES} images of {SIDE}x{SIDE}"
 class Choice(NamedTuple):
     """What is to compute, and the predicted seconds of a training step at the batch above; None where not modelled."""
 
-    backend: Backend
+    backend: Runs
+    why: str | None = None  # not the sparse kernels, though they are not expected to be slower than dense
     seconds: float | None = None  # of what is chosen
     dense_layer: float | None = None  # of torch's own layer
 
@@ -44,8 +45,8 @@ def choose(
     training step (forward, and both products of the backward) at a nominal batch: 128 rows for a linear layer, 32
     images of 16 x 16 pixels for a convolution. Threads do not matter: all times are those of one.
 
-    float32 on the CPU is modelled, without groups. For everything else the kernels are chosen where they exist, and
-    "reference" where they do not.
+    float32 on the CPU is modelled, without groups. For everything else the kernels are chosen where they exist; where
+    they do not, "dense" on GPUs and "reference" elsewhere, with the reason.
 
     Args:
         device_type: "cpu", "cuda", ...
@@ -55,15 +56,15 @@ def choose(
         table: coefficients; by default those of this machine's calibration, or else the ones that come with the package
             (:func:`sparsekern.cost.table.current`).
     """
-    backend = resolve("auto", device_type)
+    backend, why = automatic(device_type, dtype, blocksize, kernel is not None)
     modelled = dtype == torch.float32 and all(shape) and (kernel is None or kernel[2] == 1)
     if backend != "cpu" or not modelled:
-        return Choice(backend)
+        return Choice(backend, why)
     table = table or current()
     work = nominal(shape, kernel)
     layer = table.predict(work.dense())
     dense, sparse = layer + table.predict(work.scatter(density)), table.predict(work.sparse(blocksize, density))
-    return Choice("dense", dense, layer) if dense < sparse else Choice("cpu", sparse, layer)
+    return Choice("dense", None, dense, layer) if dense < sparse else Choice("cpu", None, sparse, layer)
 
 
 def nominal(shape: tuple[int, int], kernel: Kernel | None) -> Work:
