@@ -149,7 +149,7 @@ def _ways(model: nn.Module, images: Tensor, labels: Tensor, compiled: bool) -> d
 
     def net(layout: str) -> _Net:
         form = FORMATS.get(layout, torch.contiguous_format)
-        module = copy.deepcopy(model).train().to(memory_format=form)  # type: ignore[call-overload]
+        module = copy.deepcopy(model).train().to(memory_format=form)  # type: ignore[call-overload]  # not in torch's stubs
         return _Net(module, module, images.contiguous(memory_format=form), labels)
 
     found: dict[Way, _Net] = {(layout, "eager"): net(layout) for layout in layouts}

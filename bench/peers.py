@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,10 @@ def _convolutions(
     return _layer_peer(product, layers, order, x.contiguous(), grad.contiguous(), truth)
 
 
+def _forward(layer: nn.Module, x: Tensor) -> Tensors:
+    return (layer(x),)
+
+
 def _layer_peer(
     product: str, layers: dict[str, nn.Module], order: Tensor, x: Tensor, grad: Tensor, truth: Tensors
 ) -> list[Peer]:
@@ -189,7 +193,7 @@ def _layer_peer(
     calls: dict[str, Callable[[], Tensors]] = {}
     for layout, layer in layers.items():
         if product == "forward":
-            calls[layout] = lambda layer=layer: (layer(x),)  # type: ignore[misc]
+            calls[layout] = partial(_forward, layer, x)
         elif product == "layer":
             calls[layout] = step(layer, layer, x, grad)
     if product == "layer":

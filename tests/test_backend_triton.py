@@ -5,7 +5,10 @@ around the kernels can be tested on any machine: schemas, fakes, gradients, torc
 """
 
 import dataclasses
+import importlib.util
 import logging
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +148,26 @@ def test_a_layer_that_ends_up_dense_on_a_gpu_is_said_once(
 
 
 # ---- an explicit choice -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec, gpu, version, reason",
+    [
+        (None, True, "", "not installed"),
+        ("found", False, "", "no GPU"),
+        ("found", True, "3.5.1", "3.5.1 is older than 3.6"),
+        ("found", True, "3.6.0+rocm7", None),
+    ],
+)
+def test_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, spec: str | None, gpu: bool, version: str, reason: str | None
+) -> None:
+    """Triton is asked itself: distributions for AMD have other names."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    found = triton.missing.__wrapped__()
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_without_triton_an_explicit_choice_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

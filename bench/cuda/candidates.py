@@ -5,6 +5,8 @@ A call gives one tensor. ``exact`` says what it has to be; who has no such produ
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -113,3 +115,11 @@ def error(product: Product, problem: Problem, result: Tensor, name: str) -> floa
 
 # Of bfloat16, whose results have 8 bits; the sums before the rounding are much closer.
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2, "tf32": 2e-3, "float32": 1e-5}
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What torch, its compiler and Triton raise where they have no such product, or cannot compile or launch it."""
+    known: tuple[type[Exception], ...] = (RuntimeError, ValueError)  # NotImplementedError is the former
+    if importlib.util.find_spec("triton"):
+        known += (importlib.import_module("triton.errors").TritonError,)
+    return known

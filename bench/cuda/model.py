@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsekern.pattern import BlockPattern
-from sparsekern.triton.plan import BALANCE, Product, make_plan
+from sparsekern.triton.plan import BALANCE, CACHE, FLOPS, Product, make_plan
 from sparsekern.triton.tuning import PROGRAMS, Config, Kind, choose_config
 
 from .cases import Case
@@ -29,7 +29,7 @@ class Gpu:
     arch: int
     flops: dict[Kind, float]
     memory: float  # bytes
-    cache: float  # bytes from the second-level cache to the multiprocessors: 5120 per clock
+    cache: float  # bytes from the second-level cache to the multiprocessors
     shared: float  # bytes from all shared memories: 128 per clock and multiprocessor
 
     @property
@@ -37,15 +37,14 @@ class Gpu:
         return self.arch // 10
 
 
-# NVIDIA's data sheets. Nobody publishes the cache's rate: that of A100 is its white paper's, H100 is taken to be equal
-# per clock (measurements by others are lower).
+# NVIDIA's data sheets.
 A100 = Gpu(
-    "A100-SXM-80", 80, {"float16": 312e12, "bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12},
-    2.039e12, 5120 * 1.41e9, 108 * 128 * 1.41e9,
+    "A100-SXM-80", 80, {"float16": FLOPS[8], "bfloat16": FLOPS[8], "tf32": 156e12, "float32": 19.5e12},
+    2.039e12, CACHE[8], 108 * 128 * 1.41e9,
 )  # fmt: skip
 H100 = Gpu(
-    "H100-SXM5", 90, {"float16": 989.4e12, "bfloat16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},
-    3.35e12, 5120 * 1.755e9, 132 * 128 * 1.755e9,
+    "H100-SXM5", 90, {"float16": FLOPS[9], "bfloat16": FLOPS[9], "tf32": 494.7e12, "float32": 66.9e12},
+    3.35e12, CACHE[9], 132 * 128 * 1.755e9,
 )  # fmt: skip
 GPUS = (H100, A100)
 

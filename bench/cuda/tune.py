@@ -49,7 +49,6 @@ def refresh(
     arch = kernels._arch()
     data: dict[str, Any] = json.loads(TABLE.read_text())
     kept = [entry for entry in data["entries"] if entry["arch"] != arch]
-    write(kept)  # where none of its entries is left, the rule chooses
     found = []
     for kind, block, (last, tokens) in itertools.product(KINDS, blocks, TOKENS):
         first = 1 + max((bound for bound, _ in TOKENS if bound < last), default=0)
@@ -59,7 +58,7 @@ def refresh(
         for product in PRODUCTS:
             rule, group = _asked(kernels, calls[product], kind)
             times = {
-                config: _time(kernels, config, calls[product], problem, product, kind, clock)
+                config: _time(kernels, config, calls[product], problem, product, kind, clock, log)
                 for config in configs(rule, product)
             }
             best = min(times, key=lambda config: times[config])
@@ -94,11 +93,11 @@ def write(entries: list[dict[str, Any]]) -> None:
 
 
 def _asked(kernels: Any, call: candidates.Call, kind: Kind) -> tuple[Config, int]:
-    """The configuration that a call chooses, and the group that it chooses for."""
+    """The configuration that a call gets by rule, whatever the table has now, and the group that it is for."""
     asked: list[tuple[Config, int]] = []
 
     def choose(*args: Any) -> Config:
-        config = tuning.choose_config(*args)
+        config = tuning._rule(*args)
         asked.append((config, args[5]))
         return config
 
@@ -109,18 +108,22 @@ def _asked(kernels: Any, call: candidates.Call, kind: Kind) -> tuple[Config, int
 
 def _time(
     kernels: Any, config: Config, call: candidates.Call, problem: candidates.Problem, product: Product, kind: Kind,
-    clock: timing.Clock,
+    clock: timing.Clock, log: Callable[[str], None],
 ) -> float:  # fmt: skip
-    """Seconds with that configuration; infinite where it does not run, or not right."""
+    """Seconds with that configuration; infinite, and logged, where it does not run, or not right."""
     with _choosing(kernels, lambda *_: config), timing.allow_tf32(kind == "tf32"):
         try:
             result = call()
-        except Exception:  # Triton has many: too much shared memory, tiles that its compiler cannot do, ...
+        except candidates.refusals() as reason:  # too much shared memory, tiles that the compiler cannot do
+            log(f"left out: {product} {config}: {reason}")
             return float("inf")
         seconds = clock(call).median
     with timing.allow_tf32(False):
         off = candidates.error(product, problem, result, candidates.OURS)
-    return seconds if off <= candidates.TOLERANCE[kind] else float("inf")
+    if not off <= candidates.TOLERANCE[kind]:  # a NaN is wrong, too
+        log(f"left out: {product} {config}: wrong by {off:.1e}")
+        return float("inf")
+    return seconds
 
 
 class _choosing:

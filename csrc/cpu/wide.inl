@@ -92,9 +92,7 @@ class WideRun {
   static constexpr int NV = L >= 16 ? 1 : 2;  // vectors of a tile
   static constexpr int64_t kBlock = 24, kManyBands = 4, kBandBytes = 192 << 10, kPiece = 256;
 
-  struct Band {
-    int64_t image, begin, end;  // rows of the grid
-  };
+  using Band = typename Planes<T>::Band;
   Band band(int64_t i) const {
     const int64_t b = i % per_image_;
     return {i / per_image_, b * w_.grid[0] / per_image_, (b + 1) * w_.grid[0] / per_image_};
@@ -135,11 +133,9 @@ class WideRun {
   // Where a band reads X: rows below one another, which need not be all its own.
   Rows rows_read(int64_t i) const {
     const Band b = band(i);
-    const int64_t row = p_.in.width * p_.in.channels, top = b.begin * w_.stride[0] - w_.padding[0];
-    const int64_t bottom = top + (b.end - b.begin - 1) * w_.stride[0] + halo_;
-    const int64_t first = std::clamp<int64_t>(top, 0, p_.in.height);
-    const int64_t last = std::clamp<int64_t>(bottom, first, p_.in.height);
-    return {p_.x + (b.image * p_.in.height + first) * row, (last - first) * row};
+    const auto r = Planes<T>(p_.x, p_.in, w_).rows(b);
+    const int64_t row = p_.in.width * p_.in.channels;
+    return {p_.x + (b.image * p_.in.height + r.top + r.first) * row, (r.last - r.first) * row};
   }
 
   // The rows of X that a band reads, with the padding around them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
+import importlib.util
 from functools import lru_cache
 
 import torch
@@ -15,14 +16,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     """Why Triton can't be used here, or None."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    # Not by the name of a distribution: torch's builds for AMD, and its nightly ones, bring Triton under others.
+    if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    version: str = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}"
     return None
 
 

@@ -181,24 +181,30 @@ def sampled(
         column, output = tl.max_contiguous(column, [1]), tl.max_contiguous(output, [1])
     x_columns = x + column.to(tl.int64) * x_column
     grad_columns = grad + output.to(tl.int64) * grad_row
-    is_column, is_output = (column < columns)[None, :], (output < rows)[None, :]
+    is_column, is_output = (column < columns)[:, None], (output < rows)[None, :]
 
     begin = tl.program_id(1) * chunk
     end = min(begin + chunk, tokens)
     acc = tl.zeros((STRIP * BLOCK_K, BLOCK_N), tl.float32)
     for start in range(begin, end, TILE_T):
         t = start + tl.arange(0, TILE_T)
-        x_at = x_columns[None, :] + (t.to(tl.int64) * x_token)[:, None]
+        x_rows = t.to(tl.int64) * x_token
         grad_at = grad_columns[None, :] + (t.to(tl.int64) * grad_token)[:, None]
-        x_tile = tl.load(x_at, mask=is_column & (t < end)[:, None], other=0.0)
+        # Transposed while it is loaded, or Triton may take it through registers; element by element, better after.
+        if SINGLES:
+            at = x_columns[None, :] + x_rows[:, None]
+            x_tile = tl.load(at, mask=(column < columns)[None, :] & (t < end)[:, None], other=0.0).T
+        else:
+            at = x_columns[:, None] + x_rows[None, :]
+            x_tile = tl.load(at, mask=is_column & (t < end)[None, :], other=0.0)
         grad_tile = tl.load(grad_at, mask=is_output & (t < end)[:, None], other=0.0)
-        acc = tl.dot(x_tile.T, grad_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(x_tile, grad_tile, acc, input_precision=PRECISION)
 
-    acc = tl.where((column < columns)[:, None] & is_output, acc, 0.0)  # NaN * 0 is not 0
+    acc = tl.where(is_column & is_output, acc, 0.0)  # NaN * 0 is not 0
     block = (first + k // BLOCK_K) * (BLOCK_N * BLOCK_K)
-    at = (block + k % BLOCK_K)[:, None] + (n * BLOCK_K)[None, :]
+    places = (block + k % BLOCK_K)[:, None] + (n * BLOCK_K)[None, :]
     out = dvalues + tl.program_id(1).to(tl.int64) * chunk_size
-    tl.store(out + at, acc.to(dvalues.dtype.element_ty), mask=(col < grid_columns)[:, None])
+    tl.store(out + places, acc.to(dvalues.dtype.element_ty), mask=(col < grid_columns)[:, None])
 
 
 @triton.jit

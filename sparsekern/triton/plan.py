@@ -45,9 +45,12 @@ DECODE_PROGRAMS, DECODE_COLUMNS = 512, 128  # wanted at least; and columns of X 
 STRIP_WASTE = 1.25  # products with padding over products with blocks, in wgrad: at most
 GROUP_GAIN = 1.1  # a larger group has to promise this much
 
-# FLOPs of bf16 in the time of a byte from the second-level cache, by the major number of the compute capability: what
-# data sheets say of A100 (312 TFLOP/s, about 6 TB/s) and H100 (990 TFLOP/s, about 8 TB/s). Estimates.
-BALANCE = {8: 52.0, 9: 124.0}
+# By the major number of the compute capability, those of A100 and H100: FLOP/s of bf16, by the data sheets, and bytes/s
+# from the second-level cache. Nobody publishes the latter: 5120 bytes per clock are A100's by its white paper, H100 is
+# taken to be equal per clock (measurements by others are lower).
+FLOPS = {8: 312e12, 9: 989.4e12}
+CACHE = {8: 5120 * 1.41e9, 9: 5120 * 1.755e9}
+BALANCE = {major: FLOPS[major] / CACHE[major] for major in FLOPS}
 TILE_T = 256  # tokens of a tile, for this estimate
 
 

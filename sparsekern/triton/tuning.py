@@ -61,7 +61,13 @@ def choose_config(
 
 
 def _rule(
-    product: Product, blocksize: tuple[int, int], tokens: int, kind: Kind, arch: int | str, group: int, rows: int
+    product: Product,
+    blocksize: tuple[int, int],
+    tokens: int,
+    kind: Kind,
+    arch: int | str,
+    group: int = 1,
+    rows: int = PROGRAMS,
 ) -> Config:
     size = 2 if kind.endswith("16") else 4
     step = 128 // size  # a line of the cache per token and step
@@ -69,6 +75,9 @@ def _rule(
     if product == "wgrad":
         tile_t, width = step, blocksize[1] * group + blocksize[0]
         warps = 4 if blocksize[1] * group * blocksize[0] < 128 * 128 else 8
+        # No more threads than loads of 16 bytes in the narrower tile; AMD's warps have 64 of them.
+        loads = min(blocksize[1] * group, blocksize[0]) * step * size // 16
+        warps = min(warps, loads // (32 if isinstance(arch, int) else 64))
     else:
         tile_n = (blocksize[0] if product == "forward" else blocksize[1]) * group
         # Wide tiles of tokens where the tile is narrow: what is read per product falls with both.

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import needs_triton  # noqa: F401 -- first: skips where there is no Triton
 import pytest
 import torch
+import triton
 from compile_driver import DEVICES, Compiled, compiling_for
+from pairwise import pairwise
 
 from sparsekern.pattern import BlockPattern
 from sparsekern.triton import linear
@@ -47,26 +49,9 @@ class Case(NamedTuple):
         return f"{self.product}-{self.kind}-{self.blocksize[0]}x{self.blocksize[1]}-{self.gpu}"
 
 
-EVERYTHING = [Case(*values) for values in itertools.product(PRODUCTS, KINDS, BLOCKSIZES, DEVICES)]
-
-
-def pairwise(cases: list[Case]) -> list[Case]:
-    """Few of them, with every pair of values that any two fields take: greedily, the first that adds most pairs."""
-
-    def pairs(case: Case) -> set[tuple[Any, ...]]:
-        return {(i, j, case[i], case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
-
-    missing = set().union(*map(pairs, cases))
-    chosen = []
-    while missing:
-        best = max(cases, key=lambda case: len(pairs(case) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
-COVER = pairwise(EVERYTHING)
-REST = [case for case in EVERYTHING if case not in COVER]
+AXES = {"product": PRODUCTS, "kind": KINDS, "blocksize": BLOCKSIZES, "gpu": tuple(DEVICES)}
+COVER = [Case(**row) for row in pairwise(AXES)]
+REST = [case for case in (Case(*values) for values in itertools.product(*AXES.values())) if case not in COVER]
 
 
 def launch(case: Case, tokens: int = TOKENS, **options: Any) -> list[Compiled]:
@@ -124,14 +109,36 @@ def check(kernel: Compiled, case: Case, record: Callable[[str, object], None], t
     assert buffers >= (1 if case.gpu == "gfx942" else 2), f"{buffers:.2f} buffers, {stated}"
 
 
-@pytest.mark.parametrize("case", COVER, ids=str)
+# What Triton 3.6, or the ptxas that it brings, spills: 10 to 23 instructions, of products without tensor cores.
+SPILLED_BY_3_6 = {
+    "forward-float32-32x32-sm_80", "forward-float32-32x32-sm_86", "forward-float32-64x64-sm_80",
+    "dgrad-float32-16x64-sm_80",
+}  # fmt: skip
+
+
+def fault(case: Case) -> str | None:
+    """Why a case fails today, or None."""
+    if case.product == "wgrad" and case.kind == "tf32" and case.gpu in ("sm_90", "sm_100"):
+        return "copies element by element: see linear._singles"
+    if triton.__version__.startswith("3.6.") and str(case) in SPILLED_BY_3_6:
+        return "spills"
+    return None
+
+
+def cases(chosen: list[Case]) -> list[Any]:
+    """As parameters, those that fail today marked as such."""
+    marks = {case: pytest.mark.xfail(strict=True, reason=reason) for case in chosen if (reason := fault(case))}
+    return [pytest.param(case, id=str(case), marks=marks.get(case, ())) for case in chosen]
+
+
+@pytest.mark.parametrize("case", cases(COVER))
 def test_products(case: Case, record_property: Callable[[str, object], None]) -> None:
     (kernel,) = launch(case)
     check(kernel, case, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", REST, ids=str)
+@pytest.mark.parametrize("case", cases(REST))
 def test_products_everywhere(case: Case, record_property: Callable[[str, object], None]) -> None:
     (kernel,) = launch(case)
     check(kernel, case, record_property)
@@ -163,7 +170,7 @@ def test_epilogue(gpu: str, record_property: Callable[[str, object], None]) -> N
 def test_sums_of_parts_and_chunks(gpu: str, record_property: Callable[[str, object], None]) -> None:
     mask = torch.zeros(4, 256, dtype=torch.bool)
     mask[:, :4] = mask[1] = True  # a row that is cut into parts
-    forward, wgrad = Case("forward", "bfloat16", (16, 16), gpu), Case("wgrad", "bfloat16", (64, 64), gpu)
+    forward, wgrad = Case("forward", "bfloat16", (16, 16), gpu), Case("wgrad", "bfloat16", (32, 32), gpu)
     parts = launch(forward, pattern=BlockPattern.from_mask(mask, (16, 16)))
     assert {kernel.name for kernel in parts} == {"gather", "add_parts"}
     chunks = launch(wgrad, tokens=4 * TOKENS, bias=True)
@@ -171,13 +178,6 @@ def test_sums_of_parts_and_chunks(gpu: str, record_property: Callable[[str, obje
     for case, kernels in ((forward, parts), (wgrad, chunks)):
         for kernel in kernels:
             check(kernel, case, record_property)
-
-
-@pytest.mark.xfail(strict=True, reason="X goes through registers here, not by cp.async: 1.67 buffers")
-def test_wgrad_of_small_blocks_is_pipelined_on_sm_80(record_property: Callable[[str, object], None]) -> None:
-    case = Case("wgrad", "bfloat16", (32, 32), "sm_80")
-    for kernel in launch(case, tokens=4 * TOKENS):
-        check(kernel, case, record_property)
 
 
 # ---- the gate itself ------------------------------------------------------------------------------------------------
@@ -195,7 +195,8 @@ def test_the_gate_closes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cover_is_one_and_within_budget() -> None:
-    for i, j in itertools.combinations(range(4), 2):
-        assert {(case[i], case[j]) for case in COVER} == {(case[i], case[j]) for case in EVERYTHING}
+    names = list(AXES)
+    for i, j in itertools.combinations(range(len(names)), 2):
+        assert {(case[i], case[j]) for case in COVER} == set(itertools.product(AXES[names[i]], AXES[names[j]]))
     others = len(SOME) * (2 + 1) + 2 * 6 + 2  # kernels of the other tests, at most
     assert len(COVER) + others <= BUDGET

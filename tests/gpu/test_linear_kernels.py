@@ -3,7 +3,8 @@
 import needs_triton  # noqa: F401 -- first: skips where there is no Triton
 import pytest
 import torch
-from linear_cases import MACHINES, REAL, Case, check, make_problem, on, pairwise, run
+from linear_cases import MACHINES, REAL, Case, check, make_problem, on, run
+from pairwise import pairwise
 
 from sparsekern.pattern import BlockPattern
 from sparsekern.triton.plan import launch, make_plan

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from emulator import Counters, EmulatorError, Kernel, Pointer, TensorMap, launch
 
+from sparsekern.triton.plan import CACHE, FLOPS
+
 VERSIONS = ((3, 9), (3, 10))  # first supported, first not supported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -54,10 +56,10 @@ class Gpu:
     wavefronts: float  # of shared memory
 
 
-# A100 SXM and H100 SXM: data sheets; L2 rates: about 5 and 7 TB/s.
+# A100 SXM and H100 SXM: data sheets, and the rates that plans are made with.
 GPUS = {
-    80: Gpu(108, 166912, 312e12, 9.75e12, 5e12 / 32, 108 * 4 * 1.41e9, 108 * 1.41e9),
-    90: Gpu(132, 232448, 990e12, 33.5e12, 7e12 / 32, 132 * 4 * 1.755e9, 132 * 1.755e9),
+    80: Gpu(108, 166912, FLOPS[8], 9.75e12, CACHE[8] / 32, 108 * 4 * 1.41e9, 108 * 1.41e9),
+    90: Gpu(132, 232448, FLOPS[9], 33.5e12, CACHE[9] / 32, 132 * 4 * 1.755e9, 132 * 1.755e9),
 }
 
 

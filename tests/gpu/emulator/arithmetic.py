@@ -192,12 +192,14 @@ UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
-def comparison(name: str) -> Function:
+def comparison(name: str, floats: bool) -> Function:
     """`ltu` and its like are true for NaN, the plain ones false (ne: PTX's `ne` is false, `neu` true)."""
     if name in ("num", "nan"):
         return lambda x, y: (np.isnan(x) | np.isnan(y)) == (name == "nan")
     if name in UNSIGNED_NAMES:
         return COMPARE[UNSIGNED_NAMES[name]]
+    if name == "ne" and floats:
+        return lambda x, y: (x != y) & ~np.isnan(x) & ~np.isnan(y)
     if name in COMPARE:
         return COMPARE[name]
     plain = COMPARE[name[:-1]]
@@ -213,9 +215,7 @@ def setp(b: Builder, i: Instruction, types: list[str]) -> Step:
     if i.opcode == "set" or types[-1].endswith("x2"):
         raise EmulatorError("set and packed comparisons are not modelled")
     name, type = i.modifiers[0], types[-1]
-    compare = comparison(name)
-    if type in FLOATS and name == "ne":
-        compare = lambda x, y: (x != y) & ~np.isnan(x) & ~np.isnan(y)  # noqa: E731
+    compare = comparison(name, type in FLOATS)
     if name in UNSIGNED_NAMES:
         type = "u" + type[1:]
     combine = next((COMBINE[x] for x in i.modifiers[1:] if x in COMBINE), None)

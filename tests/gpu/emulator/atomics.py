@@ -15,17 +15,13 @@ from .memory import HINTS, count_banks, space
 from .operands import Builder, Step, instruction
 from .parser import Instruction, vector
 from .shared_memory import ATOMIC
+from .warp import REDUCE
 
 if TYPE_CHECKING:
     from .machine import Machine
 
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
+    **REDUCE,
     "exch": lambda old, new: new,
 }
 
