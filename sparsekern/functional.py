@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense, ops, reference
+from . import dense, ops, reference, triton
 from .autograd import (
     Conv,
     Conv2d,
@@ -120,6 +120,7 @@ def bsr_conv2d(
     groups: int = 1,
     *,
     kernel_size: Size2,
+    channels_last: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """``F.conv2d`` for the block-sparse weight that ``pattern`` and ``values`` describe.
@@ -128,12 +129,13 @@ def bsr_conv2d(
     (o, t * c_in / groups + c) is ``weight[o, c, t // kw, t % kw]``.
 
     Args:
-        x: [n, c_in, h, w] or [c_in, h, w], any strides. The output follows x's memory format (channels_last or not).
+        x: [n, c_in, h, w] or [c_in, h, w], any strides. The output is channels_last where x is.
         values: [nnz_blocks, bh, bw]; entries that overhang the edge of the matrix are never read.
         pattern: of shape (c_out, kh * kw * c_in / groups).
         bias: [c_out] or None.
         stride, padding, dilation, groups: as in ``F.conv2d``.
         kernel_size: kh and kw, which the matrix alone does not tell.
+        channels_last: the output is channels_last in any case, as torch's is for such a weight.
         backend: as in :func:`bsr_linear`, but for "triton": convolutions have no GPU kernels, "auto" is "dense" there.
 
     Returns:
@@ -146,7 +148,10 @@ def bsr_conv2d(
     if type(padding) is not str and _plain(x, values, pattern, bias, backend) and x.dim() == 4:
         conv = _convolution_again(pattern, kernel_size, stride, padding, dilation, groups)
         plans = prepare(pattern, (*conv.kernel_size, groups))
-        channels_last = _is_channels_last(x)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            channels_last = is_channels_last(x)
         try:
             if _differentiates():
                 return apply_conv2d(x, values, bias, pattern, plans, conv, channels_last)
@@ -162,7 +167,10 @@ def bsr_conv2d(
     images = x if x.dim() == 4 else x.unsqueeze(0)
     if any(odd):
         images = F.pad(images, (0, odd[1], 0, odd[0]))
-    channels_last = torch._prims_common.suggest_memory_format(images) == torch.channels_last
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    else:
+        channels_last = torch._prims_common.suggest_memory_format(images) == torch.channels_last
     runs = resolve(backend, x.device.type, x.dtype, pattern.blocksize, convolution=True)
     if runs == "dense":
         y = dense.conv2d(images, values, bias, pattern, *conv, channels_last)
@@ -183,8 +191,7 @@ def bsr_conv2d(
 
 @constant_in_graphs
 def _allow_tf32() -> bool:
-    """Torch's setting for products of float32 matrices, whichever of its two interfaces was used."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return triton.allow_tf32()
 
 
 def _arguments(
@@ -280,8 +287,8 @@ def _conv2d_arguments(
     return _arguments(x, values, pattern, bias)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the output of a convolution of x is to be channels_last: torch's rule, whose Python form takes 10 us."""
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x, images or a weight, is channels_last: torch's own rule, whose Python form takes 10 us."""
     stride = x.stride()
     if stride[1] * x.shape[1] > stride[3]:  # a pixel's channels reach beyond the next pixel: the rule's first question
         return False

@@ -324,9 +324,14 @@ class SparseConv2d(SparseLayer):
         pattern: which blocks of the weight exist; shape as above (see :func:`sparsekern.weights.weight_matrix`).
         backend: as in :func:`sparsekern.functional.bsr_conv2d`.
 
+    As with ``nn.Conv2d``, the output is channels_last where the input is, or where the layer was made so
+    (``model.to(memory_format=torch.channels_last)``, before it was sparse or after).
+
     Raises:
         TypeError, ValueError: as :class:`SparseLinear`, as ``nn.Conv2d``, or another padding mode.
     """
+
+    _channels_last = False
 
     def __init__(
         self,
@@ -364,8 +369,20 @@ class SparseConv2d(SparseLayer):
         values, bias = self._weights()
         return functional.bsr_conv2d(
             input, values, self._pattern, bias, self.stride, self.padding, self.dilation, self.groups,
-            kernel_size=self.kernel_size, backend=self.runs,
+            kernel_size=self.kernel_size, channels_last=self._channels_last, backend=self.runs,
         )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseConv2d:
+        # model.to(memory_format=...) converts what has four dimensions, which the values do not: ask with what has.
+        like = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        small = self.values.detach().new_empty([min(size, 2) for size in like])
+        probe = fn(small.to(memory_format=self._memory_format()))
+        super()._apply(fn, recurse)
+        self._channels_last = functional.is_channels_last(probe)
+        return self
+
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self._channels_last else torch.contiguous_format
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, pattern: BlockPattern, *, backend: Backend = "auto") -> SparseConv2d:
@@ -378,6 +395,7 @@ class SparseConv2d(SparseLayer):
             device=weight.device, dtype=weight.dtype, pattern=pattern, backend=backend,
         )  # fmt: skip
         layer._take_weights(module)
+        layer._channels_last = functional.is_channels_last(weight)
         return layer
 
     def to_dense(self) -> nn.Conv2d:
@@ -387,6 +405,7 @@ class SparseConv2d(SparseLayer):
             self.groups, self.bias is not None, device="meta",
         )  # fmt: skip
         self._give_weights(dense)
+        dense.to(memory_format=self._memory_format())  # type: ignore[call-overload]  # not in torch's stubs
         return dense
 
     def extra_repr(self) -> str:

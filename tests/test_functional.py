@@ -216,7 +216,7 @@ def test_what_is_channels_last_is_as_torch_has_it() -> None:
         layouts = [lay_out(x, name) for name in ("nchw", "channels_last", "transposed", "sliced", "expanded", "scalar")]
         for y in (*layouts, x.permute(0, 1, 3, 2), torch.empty(size[0], size[2], size[3], size[1]).permute(0, 3, 1, 2)):
             expected = torch._prims_common.suggest_memory_format(y) == torch.channels_last
-            assert functional._is_channels_last(y) == expected, (size, y.stride())
+            assert functional.is_channels_last(y) == expected, (size, y.stride())
 
 
 def test_a_convolutions_geometry_is_checked_again_unless_it_is_the_same_object() -> None:

@@ -395,3 +395,28 @@ def test_repr_states_density():
     layer = linear()
     assert f"density={layer.pattern.density:.4g}" in repr(layer)
     assert "blocksize=(4, 3)" in repr(layer)
+
+
+@pytest.mark.parametrize("shape, kernel", [((3, 6), 3), ((3, 6), 1), ((8, 1), 3), ((8, 1), 1)])
+def test_memory_format_is_that_of_torchs_layer(shape, kernel):
+    """Whether it is asked for before the layer is sparse or after, of grey images, too, which are in both formats."""
+    (outputs, inputs), last = shape, torch.channels_last
+    plain = nn.Conv2d(inputs, outputs, kernel, padding=1)
+    pattern = BlockPattern.from_dense(torch.ones(outputs, inputs * kernel**2), (2, 1))
+    dense = copy.deepcopy(plain).to(memory_format=last)
+    before, after = SparseConv2d.from_dense(dense, pattern), SparseConv2d.from_dense(plain, pattern)
+    after.to(memory_format=last)
+    x = torch.randn(2, inputs, 5, 5)
+    wanted = dense(x).stride()
+    copies = (copy.deepcopy(after), pickle.loads(pickle.dumps(after)), after.double().float(), after.to_dense())
+    for layer in (before, after, *copies):
+        assert layer(x).stride() == wanted and layer(x[0]).stride() == dense(x[0]).stride()
+        torch.testing.assert_close(layer(x), before(x))
+    for backend in ("dense", "reference"):
+        before.backend = backend
+        assert before(x).stride() == wanted
+    after.to(memory_format=torch.contiguous_format)
+    assert after(x).is_contiguous()
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(before(x).square().sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(after(x).square().sum(), x)[0])

@@ -107,8 +107,7 @@ class Trainer:
         return loss.detach()
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        images, labels = next(self._stream)
-        return as_format(images, self.memory_format), labels
+        return next(self._stream)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.model(images), labels)
@@ -125,7 +124,7 @@ class Trainer:
         """Share of the test images classified correctly."""
         training = self.model.training
         self.model.eval()
-        images = as_format(self.dataset.test_images, self.memory_format).split(EVALUATION_BATCH)
+        images = self.dataset.test_images.split(EVALUATION_BATCH)
         labels = self.dataset.test_labels.split(EVALUATION_BATCH)
         with torch.inference_mode():
             right = sum(int((self.model(x).argmax(1) == y).sum()) for x, y in zip(images, labels, strict=True))
@@ -153,14 +152,3 @@ def one_cycle(peak: float, steps: int) -> tuple[float, ...]:
         optimizer.step()
         schedule.step()
     return tuple(rates)
-
-
-def as_format(images: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Contiguous grey images [N, 1, H, W] with the strides of the memory format asked for; never copied.
-
-    With one channel both formats are the same bytes, and ``contiguous`` changes nothing; but a layer goes by strides.
-    """
-    if memory_format == torch.channels_last:
-        height, width = images.shape[2:]
-        return images.as_strided(images.shape, (height * width, 1, width, 1))
-    return images

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import SparseConv2d, SparseLayer
 from ..timing import Timing, interleaved
-from .loop import Trainer, as_format
+from .loop import Trainer
 
 THROUGHPUT_BATCH = 1000
 # Of interleaved samples of one training step, p80 / p20; and of a speed-up, what its ceiling allows.
@@ -92,7 +92,7 @@ def time_inference(trainers: Mapping[str, Trainer], batch_size: int, rounds: int
 
     def forward(trainer: Trainer) -> Callable[[], object]:
         model = fork(trainer).model.eval()
-        images = as_format(trainer.dataset.test_images[:batch_size].clone(), trainer.memory_format)
+        images = trainer.dataset.test_images[:batch_size].clone()
         return lambda: model(images)
 
     with torch.inference_mode():
