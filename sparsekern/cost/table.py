@@ -117,7 +117,7 @@ def load(file: Path, expected: Mapping[str, str] | None = None) -> Table:
         raise ValueError(f"calibration {file} is damaged: {error}") from error
     problem = _problem(data)
     if problem:
-        raise ValueError(f"calibration {file} is damaged: {problem}")
+        raise ValueError(f"calibration {file} is damaged or of another version: {problem}")
     for key, value in (expected or {}).items():
         if data["machine"][key] != value:
             raise ValueError(f"calibration {file} is stale: its {key} is {data['machine'][key]!r}, here {value!r}")
