@@ -23,6 +23,7 @@ from sparsekern import backend, cost, functional, ops, reference, triton
 from sparsekern import nn as sparse_nn
 from sparsekern.functional import bsr_conv2d, bsr_linear
 from sparsekern.pattern import BlockPattern
+from sparsekern.triton import model
 
 HALF, FLOAT, DOUBLE = torch.float16, torch.float32, torch.float64
 PATTERN = BlockPattern.from_mask(torch.ones(2, 3, dtype=torch.bool), (16, 16))
@@ -91,6 +92,51 @@ def test_a_gpu_runs_dense_elsewhere_and_says_why(
     assert (choice.backend, choice.seconds) == ("dense", None)
     assert choice.why is not None and why in choice.why
     assert backend.resolve("auto", "cuda", dtype, blocksize, kernel is not None) == "dense"
+
+
+@pytest.mark.parametrize("gpu", model.GPUS, ids=lambda gpu: gpu.name)
+def test_what_is_too_dense_for_its_blocks_runs_dense(
+    gpu: model.Gpu, ready: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "gpu", lambda: gpu)
+    breaks_even = {}
+    for side in triton.SIDES:
+        chosen = [
+            cost.choose("cuda", torch.bfloat16, (side, side), (4096, 4096), percent / 100) for percent in range(1, 100)
+        ]
+        runs = [choice.backend for choice in chosen]
+        breaks_even[side] = runs.count("triton")
+        assert runs == ["triton"] * breaks_even[side] + ["dense"] * (99 - breaks_even[side])
+        assert all((choice.why is None) == (choice.backend == "triton") for choice in chosen)
+        assert runs[9] == "triton"
+    assert sorted(breaks_even.values()) == list(breaks_even.values()), breaks_even
+    assert breaks_even[16] < 60 and breaks_even[128] > 80
+    why = cost.choose("cuda", HALF, (16, 16), (4096, 4096), 0.9).why
+    assert why == f"blocks of 16x16 at this density are slower than dense, by a model of {gpu.name} (not measured)"
+
+
+def test_without_a_known_gpu_density_does_not_matter(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "gpu", lambda: None)
+    assert cost.choose("cuda", HALF, (16, 16), (4096, 4096), 1.0) == ("triton", None, None, None)
+
+
+@pytest.mark.parametrize(
+    "available, hip, capability, found",
+    [
+        (False, None, (8, 0), None),
+        (True, "6.2", (9, 4), None),
+        (True, None, (8, 6), model.A100),
+        (True, None, (9, 0), model.H100),
+        (True, None, (10, 0), model.H100),
+    ],
+)
+def test_which_gpu_is_modelled(
+    monkeypatch: pytest.MonkeyPatch, available: bool, hip: str | None, capability: Any, found: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert triton.gpu.__wrapped__() is found
 
 
 def test_without_triton_a_gpu_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:

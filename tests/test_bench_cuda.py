@@ -12,12 +12,13 @@ import torch
 
 from sparsekern import ops, reference, triton
 from sparsekern.triton import tuning
+from sparsekern.triton.model import A100, GPUS, H100, TOKENS, expected
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is no part of the installed package
 
 from bench.__main__ import main
 from bench.cuda import candidates, model, run, timing, tune
-from bench.cuda.cases import BLOCKS, Case
+from bench.cuda.cases import BLOCKS, PRODUCTS, Case
 
 LAYER, SMALL = Case(8192, 4096, 4096), Case(24, 64, 96)
 PEAKS = {"bfloat16": 1e12, "tf32": 5e11, "memory": 1e10}
@@ -33,16 +34,16 @@ def stopped(call: Any) -> timing.Timing:
 
 def test_floors_are_those_of_the_data_sheets() -> None:
     microseconds = {1.0: (278, 881), 0.5: (139, 440), 0.25: (69, 220), 0.1: (41, 88), 0.05: (41, 67)}
-    for density, expected in microseconds.items():
-        floors = [1e6 * model.floor(gpu, LAYER, density, "bfloat16") for gpu in model.GPUS]
-        assert floors == pytest.approx(list(expected), abs=1)
+    for density, known in microseconds.items():
+        floors = [1e6 * model.floor(gpu, LAYER, density, "bfloat16") for gpu in GPUS]
+        assert floors == pytest.approx(list(known), abs=1)
 
 
 @pytest.mark.parametrize("product", ["forward", "dgrad"])
 def test_modelled_rates(product: Any) -> None:
     """Per executed FLOP of stored blocks, against the dense kernel of the same model; below, of the memory's floor."""
     wanted = {"H100-SXM5": (0.85, 0.55, 0.34, 0.18), "A100-SXM-80": (0.9, 0.8, 0.6, 0.35)}
-    for gpu in model.GPUS:
+    for gpu in GPUS:
         dense = max(model.dense(gpu, LAYER, "bfloat16").values())
         for block, share in zip(BLOCKS, wanted[gpu.name], strict=True):
             for density in (0.5, 0.25):
@@ -54,11 +55,23 @@ def test_modelled_rates(product: Any) -> None:
 
 def test_what_binds_is_named() -> None:
     pattern = LAYER.pattern((128, 128), 0.5)
-    assert model.binding(model.predict(model.A100, LAYER, pattern, "forward", "bfloat16")) == "tensor"
-    assert model.binding(model.predict(model.A100, LAYER, pattern, "forward", "float32")) == "FMA"
-    assert model.binding(model.predict(model.H100, LAYER, pattern, "forward", "bfloat16")) == "L2"
+    assert model.binding(model.predict(A100, LAYER, pattern, "forward", "bfloat16")) == "tensor"
+    assert model.binding(model.predict(A100, LAYER, pattern, "forward", "float32")) == "FMA"
+    assert model.binding(model.predict(H100, LAYER, pattern, "forward", "bfloat16")) == "L2"
     few = Case(16, 4096, 4096)
-    assert model.binding(model.predict(model.H100, few, few.pattern((128, 128), 0.5), "forward", "bfloat16")) == "HBM"
+    assert model.binding(model.predict(H100, few, few.pattern((128, 128), 0.5), "forward", "bfloat16")) == "HBM"
+
+
+def test_the_expected_layer_is_like_a_drawn_one() -> None:
+    """`expected` knows only the density; patterns drawn at random cost about as much."""
+    for side, density in ((16, 0.1), (16, 0.5), (64, 0.1), (128, 0.25)):
+        case = Case(TOKENS, 4096, 4096)
+        pattern = case.pattern((side, side), density)
+        for gpu in GPUS:
+            drawn = sum(max(model.predict(gpu, case, pattern, p, "bfloat16").values()) for p in PRODUCTS)
+            dense, sparse = expected(gpu, "bfloat16", pattern.shape, pattern.blocksize, density)
+            assert sparse == pytest.approx(drawn, rel=0.1)
+            assert dense == pytest.approx(3 * max(model.dense(gpu, case, "bfloat16").values()))
 
 
 def test_without_a_gpu_a_model_is_shown_and_called_one(

@@ -19,6 +19,7 @@ from rich.table import Table
 from sparsekern import triton
 from sparsekern.backend import Backend
 from sparsekern.triton import tuning
+from sparsekern.triton.model import GPUS, itemsize
 from sparsekern.triton.plan import Product
 from sparsekern.triton.tuning import Kind
 
@@ -54,8 +55,8 @@ def main(out: Path, quick: bool, tune_table: bool, console: Console) -> int:
     cases = QUICK if quick else CASES
     if not torch.cuda.is_available():
         console.print(
-            "No GPU here: these figures are a MODEL's (bench/cuda/model.py), nothing was measured. It knows the rates "
-            "of data sheets and what the kernels would be asked to do; it knows no latency, no launches, no clocks.",
+            "No GPU here: these figures are a MODEL's (sparsekern/triton/model.py), nothing was measured. It knows the "
+            "rates of data sheets and what the kernels would be asked to do; it knows no latency, launches or clocks.",
             style="bold",
         )
         # Below the floor of a launch, which it does not know, its figures mean nothing.
@@ -98,7 +99,7 @@ def main(out: Path, quick: bool, tune_table: bool, console: Console) -> int:
 
 def modelled(cases: Sequence[Case], kind: Kind) -> Iterator[Row]:
     """Rows of the model, for each GPU that it knows."""
-    for gpu in model.GPUS:
+    for gpu in GPUS:
         for case in cases:
             dense = max(model.dense(gpu, case, kind).values())
             peak = 2 * case.tokens * case.outputs * case.inputs / dense
@@ -172,7 +173,7 @@ def _row(
     case: Case, kind: Kind, block: str, density: float, product: str, name: str, seconds: float, dense: float,
     peaks: dict[str, float], gpu: str,
 ) -> Row:  # fmt: skip
-    rate, size = _flops(case, density) / seconds, model.itemsize(kind)
+    rate, size = _flops(case, density) / seconds, itemsize(kind)
     t, n, k = case
     moved = size * (t * k + density * n * k + t * n)
     floor = max(_flops(case, density) / peaks[kind], moved / peaks["memory"])

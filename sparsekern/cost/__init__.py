@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import triton
 from ..backend import Runs, automatic
 from ..plan import Kernel
 from .model import Work
@@ -46,7 +47,8 @@ def choose(
     images of 16 x 16 pixels for a convolution. Threads do not matter: all times are those of one.
 
     float32 on the CPU is modelled, without groups. For everything else the kernels are chosen where they exist; where
-    they do not, "dense" on GPUs and "reference" elsewhere, with the reason.
+    they do not, "dense" on GPUs and "reference" elsewhere, with the reason. On NVIDIA's GPUs also "dense" where the
+    layer is too dense for its blocks, by :func:`sparsekern.triton.model.expected`: data sheets, not measurements.
 
     Args:
         device_type: "cpu", "cuda", ...
@@ -57,6 +59,9 @@ def choose(
             (:func:`sparsekern.cost.table.current`).
     """
     backend, why = automatic(device_type, dtype, blocksize, kernel is not None)
+    if backend == "triton" and all(shape):
+        why = triton.too_dense(dtype, blocksize, shape, density)
+        return Choice("dense" if why else "triton", why)
     modelled = dtype == torch.float32 and all(shape) and (kernel is None or kernel[2] == 1)
     if backend != "cpu" or not modelled:
         return Choice(backend, why)

@@ -8,6 +8,9 @@ from functools import lru_cache
 
 import torch
 
+from . import model
+from .tuning import kind_of
+
 OLDEST = (3, 6)  # what torch 2.10 brings
 SIDES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,3 +37,29 @@ def supports(blocksize: tuple[int, int], dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"{dtype}: only {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
     return None
+
+
+@lru_cache(maxsize=1)
+def gpu() -> model.Gpu | None:
+    """The GPU by whose data sheet times are modelled here; None where there is none of NVIDIA's."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    return model.A100 if torch.cuda.get_device_capability()[0] < 9 else model.H100
+
+
+def too_dense(dtype: torch.dtype, blocksize: tuple[int, int], shape: tuple[int, int], density: float) -> str | None:
+    """Why a dense product is expected to be faster than the kernels, or None: the smaller the blocks, the sooner."""
+    known = gpu()
+    if known is None:
+        return None
+    kind = kind_of(dtype, allow_tf32())
+    dense, sparse = model.expected(known, kind, shape, blocksize, density)
+    if sparse <= dense:
+        return None
+    size = "x".join(map(str, blocksize))
+    return f"blocks of {size} at this density are slower than dense, by a model of {known.name} (not measured)"
+
+
+def allow_tf32() -> bool:
+    """Torch's setting for products of float32 matrices, whichever of its two interfaces was used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -98,7 +98,7 @@ def _entries(
         col = tl.where(is_next, tl.load(entry), col)
         next_block = _blocks(entry + 1, n, BLOCK_N, GROUP, TRANSPOSED, TILE_T)
         block = tl.where(is_next[:, None] if TRANSPOSED else is_next[None, :], next_block, block)
-    return col, block * (BLOCK_N * BLOCK_K)
+    return col, block.to(tl.int64) * (BLOCK_N * BLOCK_K)  # a layer may have more than 2^31 values
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def sampled(
         acc = tl.dot(x_tile, grad_tile, acc, input_precision=PRECISION)
 
     acc = tl.where(is_column & is_output, acc, 0.0)  # NaN * 0 is not 0
-    block = (first + k // BLOCK_K) * (BLOCK_N * BLOCK_K)
+    block = (first + k // BLOCK_K).to(tl.int64) * (BLOCK_N * BLOCK_K)
     places = (block + k % BLOCK_K)[:, None] + (n * BLOCK_K)[None, :]
     out = dvalues + tl.program_id(1).to(tl.int64) * chunk_size
     tl.store(out + places, acc.to(dvalues.dtype.element_ty), mask=(col < grid_columns)[:, None])
@@ -228,7 +228,7 @@ def sum_tokens(
 @triton.jit
 def add_chunks(partial, out, size, chunks, TILE: tl.constexpr):
     """out[i] = sum over chunks of partial[chunk, i]."""
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     acc = tl.zeros((TILE,), tl.float32)
     for c in range(chunks):
         acc += tl.load(partial + c.to(tl.int64) * size + i, mask=i < size, other=0.0)

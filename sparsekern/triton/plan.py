@@ -25,6 +25,7 @@ neighbours among the values: block row, first block, then the block columns (the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -121,7 +122,11 @@ def _gather(pattern: BlockPattern, places: Ints, group: int | None, balance: flo
     block_rows = pattern.block_rows().cpu().numpy()
     cols = pattern.col_indices.cpu().numpy().astype(np.int64)
     if group is None:
-        group = _choose_group(block_rows, cols, pattern, balance)
+
+        def entries_per_block(group: int) -> float:
+            return len(np.unique(block_rows // group * grid_cols + cols)) / max(len(cols), 1)
+
+        group = best_group(pattern.blocksize[0], grid_rows, balance, entries_per_block)
 
     rows = -(-grid_rows // group)
     keys, entry_of_block = np.unique(block_rows // group * grid_cols + cols, return_inverse=True)
@@ -150,24 +155,36 @@ def _gather(pattern: BlockPattern, places: Ints, group: int | None, balance: flo
     return np.pad(flat, (0, group * (slots + 1) * rest - len(flat))).reshape(group, slots + 1, rest)
 
 
-def _choose_group(block_rows: Ints, cols: Ints, pattern: BlockPattern, balance: float) -> int:
+def best_group(height: int, rows: int, balance: float, entries_per_block: Callable[[int], float]) -> int:
     """The number of block rows per tile at which the slower of two units is fastest.
 
     A tile of g block rows has the tensor cores multiply zeros where only some of its rows have a block: g * entries
     products for as many blocks. But it loads X once per entry, whatever the number of blocks in it.
+
+    Args:
+        height: of a block; ``rows``: of blocks.
+        balance: as in BALANCE.
+        entries_per_block: of tiles of so many rows.
     """
-    height, blocks = pattern.blocksize[0], max(len(cols), 1)
 
     def time(group: int) -> float:  # per block; of the tensor cores, 1 if no product is with zeros
-        entries = len(np.unique(block_rows // group * pattern.grid[1] + cols)) / blocks
+        entries = entries_per_block(group)
         return max(group * entries, balance * (entries / height + 1 / TILE_T))
 
     best, group = 1, 2
-    while group * height <= TILE and group < 2 * pattern.grid[0]:
+    while group * height <= TILE and group < 2 * rows:
         if time(best) > GROUP_GAIN * time(group):
             best = group
         group *= 2
     return best
+
+
+def best_strip(width: int, strips: Callable[[int], float], blocks: float) -> int:
+    """The number of blocks in a strip of wgrad: the most that leave few places empty. ``strips``: of that size."""
+    size = max(TILE // width, 1)
+    while size > 1 and strips(size) * size > STRIP_WASTE * blocks:
+        size //= 2
+    return size
 
 
 def _units(first: Ints, lengths: Ints, parts: Ints, per_step: int) -> tuple[Ints, Ints]:
@@ -191,9 +208,7 @@ def _strips(pattern: BlockPattern, size: int | None) -> Ints:
     cols = pattern.col_indices.cpu().numpy().astype(np.int64)
     counts = pattern.blocks_per_row().cpu().numpy()
     if size is None:
-        size = max(TILE // pattern.blocksize[1], 1)
-        while size > 1 and (-(-counts // size)).sum() * size > STRIP_WASTE * len(cols):
-            size //= 2
+        size = best_strip(pattern.blocksize[1], lambda size: int((-(-counts // size)).sum()), len(cols))
     strips = -(-counts // size)
     row = np.repeat(np.arange(len(counts)), strips)
     nth = (np.arange(len(row)) - np.repeat(_starts(strips), strips)) * size

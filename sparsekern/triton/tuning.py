@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from .plan import Product
 
 Kind = Literal["float16", "bfloat16", "tf32", "float32"]
@@ -30,6 +32,13 @@ class Config(NamedTuple):
     warps: int
     stages: int
     order: int = 8  # tiles of tokens that run abreast
+
+
+def kind_of(dtype: torch.dtype, allow_tf32: bool) -> Kind:
+    """What products of that type are computed in."""
+    if dtype == torch.float32:
+        return "tf32" if allow_tf32 else "float32"
+    return "float16" if dtype == torch.float16 else "bfloat16"
 
 
 @lru_cache(maxsize=1024)

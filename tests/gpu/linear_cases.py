@@ -20,12 +20,14 @@ from triton_driver import emulated, missing
 
 from sparsekern.pattern import BlockPattern
 from sparsekern.triton import linear
-from sparsekern.triton.plan import TILE, make_plan
+from sparsekern.triton.plan import TILE, Product, make_plan
+from sparsekern.triton.tuning import Kind
 
 REAL = os.environ.get("SPARSEKERN_TEST_DEVICE") == "cuda"
 if not REAL and (reason := missing()):
     pytest.skip(reason, allow_module_level=True)
 MACHINES = ("cuda",) if REAL else (80, 90)
+PRODUCTS: tuple[Product, ...] = ("forward", "dgrad", "wgrad")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 
 
@@ -33,13 +35,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.fl
 class Case:
     """One product. ``group``: block rows in a tile or blocks in a strip; None: what the plan chooses, 0: the most."""
 
-    product: str
+    product: Product
     epilogue: str = "bias"  # of forward; wgrad: "none" is without the bias' gradient
     blocksize: tuple[int, int] = (32, 32)
     shape: tuple[int, int] = (128, 192)  # (outputs, inputs)
     density: str = "third"
     tokens: int = 64
-    kind: str = "float16"
+    kind: Kind = "float16"
     layout: str = "contiguous"
     group: int | None = None
     integers: bool = True
@@ -89,7 +91,7 @@ def make_problem(case: Case, pattern: BlockPattern | None = None) -> Problem:
         None if case.epilogue == "none" else tensor(outputs),
         tensor(case.tokens, outputs, layout=case.layout),
         tensor(case.tokens, outputs, layout=case.layout) if case.epilogue in ("residual", "all") else None,
-        make_plan(pattern, case.product, group=group),  # type: ignore[arg-type]
+        make_plan(pattern, case.product, group=group),
     )
 
 

@@ -8,8 +8,8 @@ from linear_cases import DTYPES, REAL, Case, Problem, check, make_problem, on, r
 
 from sparsekern.pattern import BlockPattern
 from sparsekern.triton import linear
-from sparsekern.triton.plan import launch
-from sparsekern.triton.tuning import choose_config
+from sparsekern.triton.plan import Product, launch
+from sparsekern.triton.tuning import Kind, choose_config
 
 pytestmark = pytest.mark.skipif(REAL, reason="a real GPU counts nothing")
 
@@ -23,7 +23,7 @@ def large_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "choose_config", lambda *arguments: choose_config(*arguments[:6]))
 
 
-def pattern(product: str, blocksize: tuple[int, int]) -> BlockPattern:
+def pattern(product: Product, blocksize: tuple[int, int]) -> BlockPattern:
     """Rows (of dgrad: columns) of none, a quarter and half of all blocks: whole steps and strips, nothing to pad."""
     generator = torch.Generator().manual_seed(1)
     height, width = blocksize[::-1] if product == "dgrad" else blocksize
@@ -34,7 +34,7 @@ def pattern(product: str, blocksize: tuple[int, int]) -> BlockPattern:
 
 
 def measure(
-    product: str, blocksize: tuple[int, int], machine: int, group: int | None, kind: str
+    product: Product, blocksize: tuple[int, int], machine: int, group: int | None, kind: Kind
 ) -> tuple[Problem, Counters]:
     made = pattern(product, blocksize)
     case = Case(product, "none", blocksize, made.shape, tokens=TOKENS, kind=kind, group=group)
@@ -49,8 +49,8 @@ def measure(
 @pytest.mark.parametrize("machine", [80, 90])
 @pytest.mark.parametrize("product", ["forward", "dgrad", "wgrad"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=lambda b: f"{b[0]}x{b[1]}")
-def test_only_stored_blocks_cost(blocksize: tuple[int, int], product: str, machine: int) -> None:
-    kind = "tf32" if blocksize == (32, 32) else "bfloat16"
+def test_only_stored_blocks_cost(blocksize: tuple[int, int], product: Product, machine: int) -> None:
+    kind: Kind = "tf32" if blocksize == (32, 32) else "bfloat16"
     problem, counters = measure(product, blocksize, machine, None if product == "wgrad" else 1, kind)
     blocks, (height, width), size = problem.pattern.nnz_blocks, blocksize, DTYPES[kind].itemsize
     assert counters.mma_flops == 2 * blocks * height * width * TOKENS
@@ -64,7 +64,7 @@ def test_only_stored_blocks_cost(blocksize: tuple[int, int], product: str, machi
         written = blocks * height * width * size
     else:
         along, across = (height, width) if product == "forward" else (width, height)
-        config = choose_config(product, blocksize, TOKENS, kind, machine, 1)  # type: ignore[arg-type]
+        config = choose_config(product, blocksize, TOKENS, kind, machine, 1)
         tiles = TOKENS // config.tile_t
         read = blocks * (across * TOKENS + along * across * tiles) * size
         written = TOKENS * SHORT * size
@@ -75,7 +75,7 @@ def test_only_stored_blocks_cost(blocksize: tuple[int, int], product: str, machi
 @pytest.mark.parametrize("product", ["forward", "dgrad"])
 @pytest.mark.parametrize("machine, group, extra, shared", [(80, 4, 1.15, 0.95), (90, 8, 1.3, 0.7)])
 def test_rows_of_blocks_share_what_they_read(
-    product: str, machine: int, group: int, extra: float, shared: float
+    product: Product, machine: int, group: int, extra: float, shared: float
 ) -> None:
     """Products are those of the entries in the plan, zeros included; X is read once per entry. Indices are extra."""
     blocksize = (16, 16)
@@ -85,7 +85,7 @@ def test_rows_of_blocks_share_what_they_read(
     entries = int((units[:, 2] - units[:, 1]).sum())
     assert counters.mma_flops == 2 * entries * group * 16 * 16 * TOKENS
     assert counters.bank_conflict_ratio <= 1.05
-    config = choose_config(product, blocksize, TOKENS, "bfloat16", machine, group)  # type: ignore[arg-type]
+    config = choose_config(product, blocksize, TOKENS, "bfloat16", machine, group)
     read = (entries * 16 * TOKENS + problem.pattern.nnz * TOKENS // config.tile_t) * 2
     assert counters.load_sectors <= extra * read / 32, counters.load_sectors / (read / 32)
     alone = problem.pattern.nnz_blocks * 16 * TOKENS * 2

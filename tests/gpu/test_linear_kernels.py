@@ -1,14 +1,21 @@
 """The Triton kernels of the linear products against float64, on emulated GPUs (or a real one)."""
 
+import dataclasses
+from typing import Any
+
 import needs_triton  # noqa: F401 -- first: skips where there is no Triton
 import pytest
 import torch
-from linear_cases import MACHINES, REAL, Case, check, make_problem, on, run
+import triton_driver
+from emulator import Pointer
+from linear_cases import MACHINES, PRODUCTS, REAL, Case, check, make_problem, on, run
 from pairwise import pairwise
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sparsekern as sk
 from sparsekern.pattern import BlockPattern
-from sparsekern.triton.plan import launch, make_plan
-from sparsekern.triton.tuning import choose_config
+from sparsekern.triton.plan import Product, launch, make_plan
+from sparsekern.triton.tuning import Kind, choose_config
 
 AXES = {
     "blocksize": ((16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (16, 64), (32, 128)),
@@ -78,14 +85,14 @@ def test_plans_and_chunks(name: str) -> None:
 
 @pytest.mark.parametrize("tokens, shape", [(0, (40, 50)), (3, (0, 40)), (3, (40, 0))])
 def test_nothing_to_compute(tokens: int, shape: tuple[int, int]) -> None:
-    for product in ("forward", "dgrad", "wgrad"):
+    for product in PRODUCTS:
         problem = make_problem(Case(product, shape=shape, tokens=tokens))
         with on(MACHINES[0]):
             check(problem, run(problem))
 
 
-@pytest.mark.parametrize("product", ["forward", "dgrad", "wgrad"])
-def test_leading_dimensions_and_repetition(product: str) -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_leading_dimensions_and_repetition(product: Product) -> None:
     problem = make_problem(Case(product, tokens=60, integers=False))
     with on(MACHINES[0]):
         once, again = run(problem), run(problem)
@@ -97,12 +104,84 @@ def test_leading_dimensions_and_repetition(product: str) -> None:
             assert torch.equal(a, b if product == "wgrad" else b.view(4, 15, -1))
 
 
+@pytest.mark.skipif(REAL, reason="moves pointers, which only the emulator has made")
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_values_beyond_31_bits(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a layer with 2**31 values more in front, which the pointer pretends to."""
+    problem = make_problem(Case(product, blocksize=(16, 16), shape=(48, 64), density="full", tokens=40, group=2))
+    with on(MACHINES[0]):
+        expected = run(problem)
+    far, plan = 2**31 // 256, problem.plan.clone()
+    if product == "wgrad":
+        plan[:, 1] += far
+    else:
+        features = problem.pattern.shape[product == "dgrad"]
+        todo = launch(plan.shape, features, (16, 16), problem.pattern.nnz_blocks, False)
+        entries = plan.flatten()[todo.entries_at :]
+        places = entries[: entries.numel() // 3 * 3].view(-1, 3)[:, 1:]
+        places[places >= 0] += far
+    pointer = triton_driver.pointer
+
+    def moved(tensor: torch.Tensor) -> Pointer:
+        found, values = pointer(tensor), problem.values
+        step = far * 256 * values.element_size() if tensor.shape == values.shape else 0
+        return Pointer(found.storage, found.offset - step)
+
+    monkeypatch.setattr(triton_driver, "pointer", moved)
+    with on(MACHINES[0]):
+        for a, b in zip(run(dataclasses.replace(problem, plan=plan)), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_launches_neither_wait_nor_depend_on_data(product: Product) -> None:
+    """What CUDA graphs need: nothing is read back, and layers of one shape launch the same."""
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    grids = []
+    for turn in range(2):
+        mask = torch.eye(4, dtype=torch.bool).roll(turn, 0)
+        case = Case(product, blocksize=(16, 16), shape=(64, 64), tokens=40, seed=turn)
+        problem = make_problem(case, BlockPattern.from_mask(mask, (16, 16)))
+        with on(MACHINES[0]) as driver, Calls() as calls:
+            run(problem)
+        views = {"aten::view", "aten::_unsafe_view"}
+        assert calls.names <= {"aten::empty.memory_format", "aten::new_empty", "aten::clone", *views}  # clone: run's
+        grids.append([(name, counters.ctas) for name, counters in driver.launches])
+    assert grids[0] == grids[1]
+
+
+@pytest.mark.skipif(not REAL, reason="no GPU to capture")
+def test_a_step_is_captured_and_replayed() -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(4, 4) < 0.5
+    layer = sk.SparseLinear(128, 128, pattern=BlockPattern.from_mask(mask, (32, 32)), device="cuda", backend="triton")
+    x = torch.randn(64, 128, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    for _ in range(2):
+        x = torch.randn(64, 128, device="cuda", requires_grad=True)
+        results = []
+        for call in (graphed, layer):
+            y = call(x)
+            results.append([y.clone(), *torch.autograd.grad(y.sum(), (x, layer.values, layer.bias))])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_plans_hold_every_block_once() -> None:
     generator = torch.Generator().manual_seed(0)
     pattern = BlockPattern.from_mask(torch.rand(13, 21, generator=generator) < 0.4, (16, 32), (200, 650))
-    for product, (per_tile, per_step) in {"forward": (13, 2), "dgrad": (21, 4)}.items():
+    steps: dict[Product, tuple[int, int]] = {"forward": (13, 2), "dgrad": (21, 4)}
+    for product, (per_tile, per_step) in steps.items():
         for group in (1, 2, 8):
-            plan = make_plan(pattern, product, group=group)  # type: ignore[arg-type]
+            plan = make_plan(pattern, product, group=group)
             features, blocksize = (200, (16, 32)) if product == "forward" else (650, (32, 16))
             for decode in (False, True):
                 todo = launch(plan.shape, features, blocksize, pattern.nnz_blocks, decode)
@@ -124,11 +203,12 @@ def test_plans_hold_every_block_once() -> None:
 
 
 def test_configurations_follow_from_arguments_and_fit() -> None:
-    for kind, size in (("float16", 2), ("tf32", 4), ("float32", 4)):
+    sizes: dict[Kind, int] = {"float16": 2, "tf32": 4, "float32": 4}
+    for kind, size in sizes.items():
         for arch, shared, spare in ((80, 163, 1), (86, 99, 1), (90, 227, 0), ("gfx942", 64, 1)):
             for tokens in (1, 32, 4096):
                 for blocksize, group in (((16, 16), 1), ((128, 128), 1), ((16, 64), 8)):
-                    config = choose_config("forward", blocksize, tokens, kind, arch, group)  # type: ignore[arg-type]
+                    config = choose_config("forward", blocksize, tokens, kind, arch, group)
                     tile_n = blocksize[0] * group
                     stage = (config.tile_t + tile_n) * config.tile_k * size
                     buffers = config.stages - spare

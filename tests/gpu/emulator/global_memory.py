@@ -10,7 +10,7 @@ from .errors import EmulatorError, require
 from .formats import UNSIGNED
 from .lanes import Lanes
 
-BASE = 1 << 32  # no valid pointer fits 32 bits: truncated pointers are found
+BASE = 1 << 40  # no valid pointer fits 32 bits: truncated pointers are found
 GAP = 256
 
 
