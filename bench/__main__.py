@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{len(results.rows)} figures: {args.out / name}.csv and .json", soft_wrap=True)
     for line in results.refused:
         console.print(f"no figure, the result is wrong: {line}", style="red", soft_wrap=True)
-    busy = sum(row.switches_per_second > BUSY for row in results.rows)
+    busy = sum(row.switches_per_second > BUSY * row.threads for row in results.rows)
     if busy:
         console.print(f"{busy} figures were measured while others used the processor: repeat this on a quiet machine")
     if not results.complete:

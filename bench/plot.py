@@ -1,6 +1,6 @@
 """Tables and pictures of finished runs.
 
-    python -m bench.plot bench/results/X.csv [--runs demo/*] [--readme README.md]
+    python -m bench.plot bench/results/X.csv [--again bench/results/Y.csv] [--runs demo/*] [--readme README.md]
 
 The pictures are X.png (speed-up over dense torch against sparsity, one panel per layer, beside the ideal 1 / density),
 X-roofline.png and X-break-even.png. The tables go to the terminal, or, with the pictures, into a file between
@@ -34,6 +34,9 @@ MOSTLY_QUIET = 0.05  # share of busy rows that a picture may have without saying
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Tables and pictures of a run.")
     parser.add_argument("csv", type=Path, help="written by python -m bench; the .json beside it is read too")
+    parser.add_argument(
+        "--again", type=Path, help="a later run on the same machine, of some cases: its figures replace theirs"
+    )
     parser.add_argument("--product", choices=PRODUCTS, default="layer", help="in the pictures (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="in the pictures (%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="of the table of layers (%(default)s)")
@@ -43,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="put the tables into this file instead of printing them")
     args = parser.parse_args(argv)
 
-    with args.csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, later = _read(args.csv), _read(args.again) if args.again else []
+    measured_again = list(dict.fromkeys(row["case"] for row in later))
+    rows = [row for row in rows if row["case"] not in measured_again] + later
     header = json.loads(args.csv.with_suffix(".json").read_text())
     drawn = [row for row in rows if int(row["threads"]) == args.threads and row["product"] == args.product]
     if not drawn:
@@ -53,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.csv} has no figures for --sparsity {args.sparsity:g}")
     pictures = draw(args.csv, drawn, header, args.product, args.threads)
     text = tables(rows, header, args.sparsity)
+    if later:
+        text += f"\n\nOf a later run than the rest: {', '.join(measured_again)}."
     texts = {"bench": text}
     if args.readme is not None:
         texts["bench"] += "\n\n" + "\n\n".join(
@@ -67,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             replace_marked(args.readme, name, text)
     return 0
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def draw(path: Path, rows: Sequence[Row], header: dict[str, Any], product: str, threads: int) -> dict[str, Path]:
@@ -230,7 +241,7 @@ def _cell(rows: Sequence[Row]) -> str:
 def _title(header: dict[str, Any], threads: int, rows: Sequence[Row]) -> str:
     machine = header["machine"]
     remarks = "" if header["complete"] else " (incomplete run)"
-    busy = sum(float(row["switches_per_second"]) > BUSY for row in rows) / len(rows)
+    busy = sum(float(row["switches_per_second"]) > BUSY * int(row["threads"]) for row in rows) / len(rows)
     if busy > MOSTLY_QUIET:
         remarks += f" (machine busy during {busy:.0%} of it: not to be trusted)"
     return (

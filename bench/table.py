@@ -14,7 +14,7 @@ from .ceilings import Ceilings
 from .cover import Cover
 
 TOLERANCE = 1e-5  # of the largest true value; float32 sums of these cases stay below 2e-6
-BUSY = 20.0  # involuntary context switches per second; each costs about 4 ms
+BUSY = 20.0  # involuntary context switches per second and thread; each costs about 4 ms
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,17 @@ def test_command_writes_tables_and_pictures(bench, monkeypatch, tmp_path, capsys
     printed = capsys.readouterr().out
     assert printed.strip() in text
 
+    # A later run of one case takes the place of what the first has of it, all of it.
+    later = [row | {"speedup_p50": "7.25"} for row in rows if row["case"] == "net-small"][:1]
+    with (tmp_path / "later.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(later)
+    assert bench.plot.main([*plot, "--again", str(tmp_path / "later.csv")]) == 0
+    again = capsys.readouterr().out
+    assert again.count("| small, ") == 1 and "7.25x of" in again
+    assert again.strip().endswith("Of a later run than the rest: net-small.")
+
 
 GEOMETRY = {"padding": 0, "stride": 1, "groups": 1}
 
@@ -406,6 +417,21 @@ def test_break_even_is_where_the_line_crosses(bench):
     assert crossing([(2.0, 1.5), (4.0, 0.5), (16.0, 2.0)]) == (pytest.approx(8), True)  # from there on it is faster
     assert crossing([(2.0, 1.5), (4.0, 2.5)]) == (2.0, False)
     assert crossing([(2.0, 1.5), (4.0, 0.5)]) == (4.0, False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+def test_memory_of_a_step(bench):
+    """What stays is known to the byte: weights, gradients and momentum of four bytes each."""
+    memory = importlib.import_module("bench.memory")
+    kept = 3 * 4 * sum(parameter.numel() for parameter in memory.build("lenet-300-100").parameters())
+    assert memory.train("lenet-300-100", None, 2) == kept
+    assert memory.train("lenet-300-100", (0.9, (8, 8)), 2) < 0.2 * kept
+    found = memory.measure("mlp-4096", None)
+    assert 0.9 * found["held"] < found["peak"] < 2 * found["held"], found
+    memory.forget_peak()
+    before = memory.resident(peak=True)
+    torch.ones(2**22)
+    assert memory.resident(peak=True) >= before + 0.9 * 2**24
 
 
 def test_frozen_networks_are_compared_with_the_peak(bench, monkeypatch):
