@@ -42,15 +42,25 @@ def test_floors_are_those_of_the_data_sheets() -> None:
 @pytest.mark.parametrize("product", ["forward", "dgrad"])
 def test_modelled_rates(product: Any) -> None:
     """Per executed FLOP of stored blocks, against the dense kernel of the same model; below, of the memory's floor."""
-    wanted = {"H100-SXM5": (0.85, 0.55, 0.34, 0.18), "A100-SXM-80": (0.9, 0.8, 0.6, 0.35)}
+    wanted = {"H100-SXM5": (0.85, 0.55, 0.34, 0.18), "A100-SXM-80": (0.9, 0.8, 0.6, 0.345)}
     for gpu in GPUS:
         dense = max(model.dense(gpu, LAYER, "bfloat16").values())
         for block, share in zip(BLOCKS, wanted[gpu.name], strict=True):
-            for density in (0.5, 0.25):
+            for density in (0.5, 0.25, 0.1)[: 2 if gpu is H100 else 3]:
                 pattern = LAYER.pattern(block, density)
                 times = model.predict(gpu, LAYER, pattern, product, "bfloat16")
                 assert pattern.density * dense / max(times.values()) >= share, (gpu.name, block, density)
                 assert model.floor(gpu, LAYER, pattern.density, "bfloat16") <= max(times.values()) * (1 + 1e-9)
+
+
+def test_modelled_times_of_few_blocks() -> None:
+    """Of the memory's floor. Smaller blocks miss it up to fourfold: the cache or products with zeros bind."""
+    reached = ((H100, 0.1, (128,)), (H100, 0.05, (128, 64)), (A100, 0.05, (128, 64, 32)))
+    for gpu, density, sides in reached:
+        for side in sides:
+            pattern = LAYER.pattern((side, side), density)
+            seconds = max(model.predict(gpu, LAYER, pattern, "forward", "bfloat16").values())
+            assert model.floor(gpu, LAYER, pattern.density, "bfloat16") >= 0.85 * seconds, (gpu.name, density, side)
 
 
 def test_what_binds_is_named() -> None:

@@ -17,6 +17,8 @@ sampled  dW[e, r, c] = sum over t of dY[t, row(e) * BLOCK_N + r] X[t, column(e) 
 
 Sums are in fp32, by rising k (t) within a program; a second kernel adds parts and chunks, in order. Their number
 follows from pattern and shape: the same input gives the same bits.
+Copies are ordinary asynchronous ones on every GPU. Tensor descriptors would save Hopper instructions, but those are not
+what binds, by the emulator's counts (tests/gpu/test_counters.py); whether a persistent grid helps, no model here says.
 Limits: blocks' sides are 16, 32, 64 or 128. Columns and rows beyond the edge are never read: overhanging entries of W
 do not matter, those of dW are 0. Where a tile has several block rows, a NaN or Inf in X spreads as in a dense product,
 to outputs that have no block there (0 * NaN).

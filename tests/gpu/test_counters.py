@@ -5,10 +5,11 @@ import pytest
 import torch
 from emulator import Counters
 from linear_cases import DTYPES, REAL, Case, Problem, check, make_problem, on, run
+from triton_driver import modelled_seconds
 
 from sparsekern.pattern import BlockPattern
 from sparsekern.triton import linear
-from sparsekern.triton.plan import Product, launch
+from sparsekern.triton.plan import BALANCE, Product, launch, make_plan
 from sparsekern.triton.tuning import Kind, choose_config
 
 pytestmark = pytest.mark.skipif(REAL, reason="a real GPU counts nothing")
@@ -90,3 +91,14 @@ def test_rows_of_blocks_share_what_they_read(
     assert counters.load_sectors <= extra * read / 32, counters.load_sectors / (read / 32)
     alone = problem.pattern.nnz_blocks * 16 * TOKENS * 2
     assert counters.load_sectors < shared * alone / 32
+
+
+@pytest.mark.parametrize("machine", [80, 90])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES[:4], ids=lambda b: f"{b[0]}x{b[1]}")
+def test_instructions_do_not_bind(blocksize: tuple[int, int], machine: int) -> None:
+    """Why there are no tensor descriptors on sm_90: they save instructions of copies, and something else is slower."""
+    made = pattern("forward", blocksize)
+    group = make_plan(made, "forward", balance=BALANCE[machine // 10]).shape[0]
+    _, counters = measure("forward", blocksize, machine, group, "bfloat16")
+    seconds = modelled_seconds(machine, counters)
+    assert seconds["issue"] < 0.85 * max(seconds.values()), seconds

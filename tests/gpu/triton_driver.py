@@ -63,17 +63,16 @@ GPUS = {
 }
 
 
-def modelled_ms(arch: int, counters: Counters) -> float:
-    """Milliseconds if the busiest unit of the GPU were never idle: a model for ranking, not a measurement."""
+def modelled_seconds(arch: int, counters: Counters) -> dict[str, float]:
+    """What a launch takes of each unit of the GPU if that is never idle: a model for ranking, not a measurement."""
     gpu = GPUS[arch]
-    tensor = counters.mma_flops / gpu.tensor * (2 if any("tf32" in name for name in counters.mma) else 1)
-    return 1e3 * max(
-        tensor,
-        counters.fma / gpu.fma,
-        (counters.load_sectors + counters.store_sectors) / gpu.sectors,
-        counters.warp_instructions / gpu.issue,
-        counters.shared_wavefronts / gpu.wavefronts,
-    )
+    return {
+        "tensor": counters.mma_flops / gpu.tensor * (2 if any("tf32" in name for name in counters.mma) else 1),
+        "fma": counters.fma / gpu.fma,
+        "L2": (counters.load_sectors + counters.store_sectors) / gpu.sectors,
+        "issue": counters.warp_instructions / gpu.issue,
+        "shared": counters.shared_wavefronts / gpu.wavefronts,
+    }
 
 
 class Driver:
@@ -118,7 +117,8 @@ class Driver:
             driver = active_driver()  # an autotuner keeps its benchmarker
             before = len(driver.launches)
             function()
-            cost = sum(modelled_ms(driver.arch, counters) for _, counters in driver.launches[before:])
+            costs = [modelled_seconds(driver.arch, counters) for _, counters in driver.launches[before:]]
+            cost = 1e3 * sum(max(seconds.values()) for seconds in costs)
             del driver.launches[before:]
             return [cost] * len(quantiles) if quantiles else cost
 
