@@ -110,10 +110,7 @@ def check(kernel: Compiled, case: Case, record: Callable[[str, object], None], t
 
 
 # What Triton 3.6, or the ptxas that it brings, spills: 10 to 23 instructions, of products without tensor cores.
-SPILLED_BY_3_6 = {
-    "forward-float32-32x32-sm_80", "forward-float32-32x32-sm_86", "forward-float32-64x64-sm_80",
-    "dgrad-float32-16x64-sm_80",
-}  # fmt: skip
+SPILLED_BY_3_6 = {"forward-float32-64x64-sm_80", "dgrad-float32-64x16-sm_90"}
 
 
 def fault(case: Case) -> str | None:
