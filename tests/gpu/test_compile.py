@@ -109,7 +109,7 @@ def check(kernel: Compiled, case: Case, record: Callable[[str, object], None], t
     assert buffers >= (1 if case.gpu == "gfx942" else 2), f"{buffers:.2f} buffers, {stated}"
 
 
-# What Triton 3.6, or the ptxas that it brings, spills: 10 to 23 instructions, of products without tensor cores.
+# What Triton 3.6, or the ptxas that it brings, spills: some 20 instructions, of products without tensor cores.
 SPILLED_BY_3_6 = {"forward-float32-64x64-sm_80", "dgrad-float32-64x16-sm_90"}
 
 
