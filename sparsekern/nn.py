@@ -127,7 +127,7 @@ class SparseLayer(nn.Module):
         parameters = self._parameters
         try:
             return cast("Tensor", parameters["values"]), parameters["bias"]
-        except KeyError:  # parametrised, pruned, or a replica of nn.DataParallel
+        except KeyError:  # pruned, or a replica of nn.DataParallel
             return self.values, self.bias
 
     def _set_pattern(self, pattern: BlockPattern) -> None:

@@ -48,7 +48,8 @@ def choose(
 
     float32 on the CPU is modelled, without groups. For everything else the kernels are chosen where they exist; where
     they do not, "dense" on GPUs and "reference" elsewhere, with the reason. On NVIDIA's GPUs also "dense" where the
-    layer is too dense for its blocks, by :func:`sparsekern.triton.model.expected`: data sheets, not measurements.
+    layer is too dense for its blocks, by :func:`sparsekern.triton.model.expected`: data sheets, not measurements, and
+    16-bit types, in which autocast computes.
 
     Args:
         device_type: "cpu", "cuda", ...
@@ -60,7 +61,7 @@ def choose(
     """
     backend, why = automatic(device_type, dtype, blocksize, kernel is not None)
     if backend == "triton" and all(shape):
-        why = triton.too_dense(dtype, blocksize, shape, density)
+        why = triton.too_dense(blocksize, shape, density)
         return Choice("dense" if why else "triton", why)
     modelled = dtype == torch.float32 and all(shape) and (kernel is None or kernel[2] == 1)
     if backend != "cpu" or not modelled:

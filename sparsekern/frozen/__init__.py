@@ -91,7 +91,7 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenModel:
         example: an input on the CPU, float32 or float64 as the parameters are. It sets all sizes but the batch's.
 
     Returns:
-        A callable with the results of ``model``, up to rounding.
+        A callable with the results of ``model``, up to rounding; contiguous ones, whatever the model's memory format.
 
     Raises:
         TypeError, ValueError: an unfitting argument, or a part of the model that is not supported; it is named.

@@ -9,7 +9,6 @@ from functools import lru_cache
 import torch
 
 from . import model
-from .tuning import kind_of
 
 OLDEST = (3, 6)  # what torch 2.10 brings
 SIDES = (16, 32, 64, 128)
@@ -47,13 +46,15 @@ def gpu() -> model.Gpu | None:
     return model.A100 if torch.cuda.get_device_capability()[0] < 9 else model.H100
 
 
-def too_dense(dtype: torch.dtype, blocksize: tuple[int, int], shape: tuple[int, int], density: float) -> str | None:
-    """Why a dense product is expected to be faster than the kernels, or None: the smaller the blocks, the sooner."""
+def too_dense(blocksize: tuple[int, int], shape: tuple[int, int], density: float) -> str | None:
+    """Why a dense product is expected to be faster than the kernels, or None: the smaller the blocks, the sooner.
+
+    Weighed in 16 bits whatever the type of the values: autocast computes in those, and a layer cannot know.
+    """
     known = gpu()
     if known is None:
         return None
-    kind = kind_of(dtype, allow_tf32())
-    dense, sparse = model.expected(known, kind, shape, blocksize, density)
+    dense, sparse = model.expected(known, "bfloat16", shape, blocksize, density)
     if sparse <= dense:
         return None
     size = "x".join(map(str, blocksize))
