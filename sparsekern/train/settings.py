@@ -14,7 +14,7 @@ from . import output
 PRUNERS = ("snip", "random")
 # Peak of the one-cycle schedule. At 0.1 dense LeNet-5-Caffe, which has no ReLU after its convolutions, diverges.
 PEAK_RATES = {"lenet-300-100": 0.1, "lenet-5-caffe": 0.05, "simple-cnn": 0.1}
-BACKENDS = get_args(Backend)
+BACKENDS = tuple(name for name in get_args(Backend) if name != "triton")  # training runs on the CPU
 
 
 @dataclass(frozen=True)
