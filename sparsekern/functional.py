@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense, ops, reference, triton
+from . import dense, ops, reference
 from .autograd import (
     Conv,
     Conv2d,
@@ -191,7 +191,8 @@ def bsr_conv2d(
 
 @constant_in_graphs
 def _allow_tf32() -> bool:
-    return triton.allow_tf32()
+    """Torch's setting for products of float32 matrices, whichever of its two interfaces was used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _arguments(

@@ -199,7 +199,7 @@ class SparseLayer(nn.Module):
             values = state_dict[prefix + "values"].detach()
             try:
                 values = values.to(self.values, copy=True)  # before anything has changed, as it can fail
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 error_msgs.append(f"{prefix}values cannot be copied: {error}")
                 return
             old = self.values
@@ -405,7 +405,7 @@ class SparseConv2d(SparseLayer):
             self.groups, self.bias is not None, device="meta",
         )  # fmt: skip
         self._give_weights(dense)
-        dense.to(memory_format=self._memory_format())  # type: ignore[call-overload]  # not in torch's stubs
+        dense.weight.data = dense.weight.data.to(memory_format=self._memory_format())
         return dense
 
     def extra_repr(self) -> str:

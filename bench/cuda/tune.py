@@ -97,7 +97,7 @@ def _asked(kernels: Any, call: candidates.Call, kind: Kind) -> tuple[Config, int
     asked: list[tuple[Config, int]] = []
 
     def choose(*args: Any) -> Config:
-        config = tuning._rule(*args)
+        config = tuning.rule(*args)
         asked.append((config, args[5]))
         return config
 

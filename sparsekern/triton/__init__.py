@@ -59,8 +59,3 @@ def too_dense(blocksize: tuple[int, int], shape: tuple[int, int], density: float
         return None
     size = "x".join(map(str, blocksize))
     return f"blocks of {size} at this density are slower than dense, by a model of {known.name} (not measured)"
-
-
-def allow_tf32() -> bool:
-    """Torch's setting for products of float32 matrices, whichever of its two interfaces was used."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import kernels
 from .plan import Launch, Product, launch
-from .tuning import DECODE_TOKENS, PROGRAMS, Config, Kind, choose_config, kind_of
+from .tuning import DECODE_TOKENS, PROGRAMS, Config, Kind, choose_config
 
 WGRAD_PROGRAMS, WGRAD_TOKENS = 512, 512  # programs wanted at least, and tokens that make a chunk worth one
 
@@ -84,7 +84,7 @@ def linear_wgrad(
     tokens, (strips, width) = x.shape[0], plan.shape
     if tokens == 0:
         return dvalues.zero_(), dbias.zero_()
-    kind = kind_of(x.dtype, allow_tf32)
+    kind = _kind(x, allow_tf32)
     config = choose_config("wgrad", (bh, bw), tokens, kind, _arch(), width - 2)
     with torch.cuda.device_of(x):
         if strips:
@@ -129,7 +129,7 @@ def _gather(
     residual = None if residual is None else _matrix(residual)
     residual_strides = (0, 0) if residual is None else residual.stride()
     tokens, columns = x.shape
-    group, kind = plan.shape[0], kind_of(x.dtype, allow_tf32)
+    group, kind = plan.shape[0], _kind(x, allow_tf32)
     stored = blocksize[::-1] if transposed else blocksize
     todo: Launch = launch(plan.shape, rows, blocksize, values.shape[0], tokens <= DECODE_TOKENS)
     product: Product = "dgrad" if transposed else "forward"
@@ -176,6 +176,12 @@ def _matrix(x: Tensor) -> Tensor:
 def _align(x: Tensor) -> int:
     """A divisor of the length of rows and of the distance between them, where their entries are neighbours."""
     return math.gcd(x.shape[1], x.stride(0), 16) if x.stride(1) == 1 else 1
+
+
+def _kind(x: Tensor, allow_tf32: bool) -> Kind:
+    if x.dtype == torch.float32:
+        return "tf32" if allow_tf32 else "float32"
+    return "float16" if x.dtype == torch.float16 else "bfloat16"
 
 
 def _singles(kind: Kind) -> bool:

@@ -11,8 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from .plan import Product
 
 Kind = Literal["float16", "bfloat16", "tf32", "float32"]
@@ -32,13 +30,6 @@ class Config(NamedTuple):
     warps: int
     stages: int
     order: int = 8  # tiles of tokens that run abreast
-
-
-def kind_of(dtype: torch.dtype, allow_tf32: bool) -> Kind:
-    """What products of that type are computed in."""
-    if dtype == torch.float32:
-        return "tf32" if allow_tf32 else "float32"
-    return "float16" if dtype == torch.float16 else "bfloat16"
 
 
 @lru_cache(maxsize=1024)
@@ -66,10 +57,10 @@ def choose_config(
         named = (entry["product"], tuple(entry["blocksize"]), entry["group"], entry["kind"], entry["arch"])
         if named == (product, blocksize, group, kind, arch) and entry["tokens"][0] <= tokens <= entry["tokens"][1]:
             return Config(**entry["config"])
-    return _rule(product, blocksize, tokens, kind, arch, group, rows)
+    return rule(product, blocksize, tokens, kind, arch, group, rows)
 
 
-def _rule(
+def rule(
     product: Product,
     blocksize: tuple[int, int],
     tokens: int,
@@ -78,6 +69,7 @@ def _rule(
     group: int = 1,
     rows: int = PROGRAMS,
 ) -> Config:
+    """:func:`choose_config` without the table."""
     size = 2 if kind.endswith("16") else 4
     step = 128 // size  # a line of the cache per token and step
     shared = 1024 * (SHARED.get(arch, SHARED_OTHER) if isinstance(arch, int) else SHARED_OTHER)

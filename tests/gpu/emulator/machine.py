@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import arithmetic, async_copy, atomics, barriers, bits, conversions, matrix, mbarrier, memory, tma, warp, wgmma  # noqa: F401
+from . import arithmetic, async_copy, atomics, barriers, bits, conversions, matrix, mbarrier, memory, tma, warp, wgmma  # noqa: F401 -- each registers its instructions
 from .clocks import Clocks
 from .counters import Counters
 from .errors import EmulatorError
 from .formats import UNSIGNED
 from .global_memory import BASE, GlobalMemory, Pointer, TensorMap
 from .lanes import WARP, Lanes, merge
-from .operands import SPECIAL, Compiled, compile_kernel, instruction
-from .parser import Kernel
+from .operands import SPECIAL, Builder, Compiled, Step, compile_kernel, instruction
+from .parser import Instruction, Kernel
 from .shared_memory import SharedMemory
 
 THREADS_PER_BATCH = 8192
@@ -25,7 +25,7 @@ STEPS = 30_000_000  # of one batch, then it counts as hanging
 
 
 @instruction("bra ret exit", modifiers="uni")
-def control(b, i, types):  # type: ignore[no-untyped-def]
+def control(b: Builder, i: Instruction, types: list[str]) -> Step:
     return lambda m, lanes: None  # the scheduler does these
 
 

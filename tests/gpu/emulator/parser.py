@@ -58,7 +58,7 @@ class Kernel:
         self.maximum_block = [int(x) for x in _directive(header, ".maxntid")]
         self.registers: dict[str, tuple[int, int]] = {}  # name -> number, width in bits
         self.shared: dict[str, tuple[int, int]] = {}  # name -> alignment, bytes (0: the dynamic part)
-        for m in SHARED.finditer(text[: ENTRY.search(text).start()]):  # type: ignore[union-attr]
+        for m in SHARED.finditer(text[: next(ENTRY.finditer(text)).start()]):
             self._declare_shared(m)
         self.code: list[Instruction] = []
         self._branches: list[tuple[Instruction, tuple[int, ...], str]] = []
