@@ -30,13 +30,18 @@ FOLDER = Path(__file__).parent / "results"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time sparse layers against dense torch.")
-    parser.add_argument("--quick", action="store_true", help="a small part of the table, in under 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="a small part of the table; cpu: in under 2 minutes")
     names = (*CASES, *NETWORKS)
-    parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
-    parser.add_argument("--name", help="of the result files; by default the CPU model, threads and what was chosen")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"cpu: of {', '.join(names)}")
+    parser.add_argument("--name", help="cpu: of the result files; by default the CPU, threads and what was chosen")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (%(default)s)")
-    parser.add_argument("--tune", action="store_true", help="cuda: first measure the tuning table of the kernels anew")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: another table, of linear layers on a GPU, or a model's figures without one (%(default)s)",
+    )
+    parser.add_argument("--tune", action="store_true", help="cuda: first measure sparsekern/triton/tuning.json anew")
     args = parser.parse_args(argv)
     if args.tune and args.device != "cuda":
         parser.error("--tune is for --device cuda")

@@ -43,14 +43,15 @@ def resolve(
         what = " for a convolution" if convolution else ""
         raise ValueError(f"backend must be {', '.join(names)} or {last}{what}, got {backend!r}")
     if backend == "triton":
-        missing = _triton_missing()
+        # What no machine can do comes first: nobody should look for a GPU in vain.
+        refused = triton.supports(blocksize, dtype)
+        if refused:
+            raise ValueError(f'backend="triton" has no kernel for these tensors: {refused}')
+        missing = triton_missing()
         if missing:
             raise RuntimeError(f'backend="triton" cannot run here: {missing}')
         if device_type != "cuda" and device_type != _triton_device():
             raise ValueError(f'backend="triton" needs tensors on a GPU, got x on {device_type}')
-        refused = triton.supports(blocksize, dtype)
-        if refused:
-            raise ValueError(f'backend="triton" has no kernel for these tensors: {refused}')
         return "triton"
     if ops.CPU_KERNELS_MISSING:
         raise RuntimeError(f'backend="cpu" needs the compiled kernels: {ops.CPU_KERNELS_MISSING}')
@@ -70,7 +71,7 @@ def automatic(
     if device_type == "cuda":  # torch's name for AMD's, too
         if convolution:
             return "dense", "convolutions have no GPU kernels yet"
-        reason = _triton_missing() or triton.supports(blocksize, dtype)
+        reason = triton_missing() or triton.supports(blocksize, dtype)
         return ("dense", reason) if reason else ("triton", None)
     if device_type != "cpu":
         return "reference", None if device_type == "meta" else f"there are no kernels for {device_type} devices"
@@ -78,7 +79,7 @@ def automatic(
 
 
 @constant_in_graphs
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
     return triton.missing()
 
 

@@ -61,12 +61,13 @@ def bsr_linear(
     """``F.linear(x, W, bias)`` for the block-sparse W that ``pattern`` and ``values`` describe.
 
     Args:
-        x: [*, in_features], any strides.
-        values: [nnz_blocks, bh, bw]; entries that overhang the edge of W are never read.
+        x: [*, in_features], any strides; float32, float64, bfloat16 or float16.
+        values: [nnz_blocks, bh, bw], of the dtype of x; entries that overhang the edge of W are never read.
         pattern: of shape (out_features, in_features).
-        bias: [out_features] or None.
+        bias: [out_features], of the dtype of x, or None.
         backend: "cpu" for the compiled kernels (float32, float64; 16-bit types compute in float32), "triton" for GPUs'
-            (float32, with TF32 where torch allows it for products of matrices, bfloat16, float16; sums in float32),
+            (blocks with sides of 16, 32, 64 or 128; float32, bfloat16, float16; sums in float32; TF32 where
+            ``torch.backends.cuda.matmul.allow_tf32``),
             "dense" for torch's own product with a dense weight that the values are written into, "reference" for plain
             torch, the truth in tests, "auto" for the kernels where they exist, otherwise "dense" on GPUs and
             "reference" elsewhere. (A layer's "auto" also weighs dense against the kernels of the CPU:
@@ -76,7 +77,8 @@ def bsr_linear(
         [*, out_features].
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit together.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit together; an unknown backend, or one without a
+            kernel for these blocks or numbers.
         RuntimeError: ``backend="cpu"`` and no kernels are built, or ``"triton"`` and Triton cannot run here.
     """
     if _plain(x, values, pattern, bias, backend):

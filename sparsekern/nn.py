@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cost, dense, functional, triton
-from .backend import BACKENDS, OF_CONVOLUTIONS, Backend, Runs
+from .backend import BACKENDS, OF_CONVOLUTIONS, Backend, Runs, triton_missing
 from .eligible import why_not
 from .optimizer import forbid
 from .pattern import BlockPattern
@@ -37,7 +37,8 @@ class SparseLayer(nn.Module):
             blocks that overhang the weight are 0 at first, get gradient 0 and are never read.
         bias: Parameter [outputs] or None.
         runs: "cpu", "triton", "dense" or "reference": ``backend`` itself, or what "auto" has chosen.
-        why: on a GPU, why "auto" has not chosen the sparse kernels; None where it has, and on the CPU.
+        why: on a GPU, why "auto" has not chosen the sparse kernels, None where it has, and on the CPU; of
+            ``backend="triton"``, why this machine cannot run it, None where it can.
     """
 
     values: nn.Parameter
@@ -69,7 +70,7 @@ class SparseLayer(nn.Module):
             raise ValueError(f"pattern must have shape {matrix_shape} for a weight {weight_shape}, got {pattern.shape}")
         # What the plans of a convolution depend on besides the pattern; a linear layer has none.
         self._kernel = (weight_shape[2], weight_shape[3], groups) if len(weight_shape) == 4 else None
-        self._check_backend(backend)
+        self._check_backend(backend, pattern)
         self._backend = backend
         self.values = nn.Parameter(torch.empty(pattern.values_shape, device=device, dtype=dtype))
         if bias:
@@ -98,14 +99,17 @@ class SparseLayer(nn.Module):
 
     @backend.setter
     def backend(self, backend: Backend) -> None:
-        self._check_backend(backend)
+        self._check_backend(backend, self._pattern)
         self._backend = backend
         self._choose()
 
-    def _check_backend(self, backend: Backend) -> None:
+    def _check_backend(self, backend: Backend, pattern: BlockPattern) -> None:
         known = OF_CONVOLUTIONS if self._kernel else BACKENDS
         if backend not in known:
             raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+        # A dtype can change by .to(), blocks cannot.
+        if backend == "triton" and (refused := triton.supports(pattern.blocksize, torch.float32)):
+            raise ValueError(f"backend 'triton' has no kernel for this layer: {refused}")
 
     def reset_parameters(self) -> None:
         """Draw ``values`` and ``bias`` anew, as a masked dense layer would: uniform in ±1/sqrt(fan_in).
@@ -153,7 +157,9 @@ class SparseLayer(nn.Module):
             self.runs, self.why = self._choice()[:2]
         else:
             self.runs = self._backend
-        if self.why and self.values.device.type != "cpu":  # there, importing the package has said it
+            self.why = triton_missing() if self.runs == "triton" else None
+        # On the CPU, importing the package has said it.
+        if self.why and self._backend == "auto" and self.values.device.type != "cpu":
             _say_once(self.runs, self.why)
         if self.values.device.type != "meta":
             self._prepared()
@@ -253,7 +259,9 @@ class SparseLayer(nn.Module):
 
     def _sparse_repr(self) -> str:
         text = f"blocksize={self.pattern.blocksize}, density={self.pattern.density:.4g}, backend={self.backend!r}"
-        return f"{text} (runs {self.runs}: {self.why})" if self.why else text
+        if not self.why:
+            return text
+        return f"{text} ({f'runs {self.runs}' if self._backend == 'auto' else 'cannot run here'}: {self.why})"
 
 
 class SparseLinear(SparseLayer):

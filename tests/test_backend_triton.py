@@ -199,20 +199,33 @@ def test_a_layer_that_ends_up_dense_on_a_gpu_is_said_once(
 
 
 @pytest.mark.parametrize(
-    "spec, gpu, version, reason",
+    "spec, built, gpu, version, reason",
     [
-        (None, True, "", "not installed"),
-        ("found", False, "", "no GPU"),
-        ("found", True, "3.5.1", "3.5.1 is older than 3.6"),
-        ("found", True, "3.6.0+rocm7", None),
+        (None, "cuda", (8, 0), "", "not installed"),
+        ("found", None, None, "", "built without GPUs"),
+        ("found", "cuda", None, "", "no GPU"),
+        ("found", "cuda", (9, 0), "3.5.1", "3.5.1 is older than 3.6"),
+        ("found", "cuda", (7, 5), "3.9.0", "sm_75; the kernels need Ampere"),
+        ("found", "cuda", (8, 0), "3.9.0", None),
+        ("found", "hip", "gfx90a:sramecc+", "3.9.0", "gfx90a; the kernels are for CDNA3"),
+        ("found", "hip", "gfx942:sramecc+", "3.6.0+rocm7", None),
     ],
 )
 def test_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, spec: str | None, gpu: bool, version: str, reason: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    spec: str | None,
+    built: str | None,
+    gpu: tuple[int, int] | str | None,
+    version: str,
+    reason: str | None,
 ) -> None:
     """Triton is asked itself: distributions for AMD have other names."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.version, "cuda", "13" if built == "cuda" else None)
+    monkeypatch.setattr(torch.version, "hip", "7" if built == "hip" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(gcnArchName=gpu))
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
     found = triton.missing.__wrapped__()
     assert found is None if reason is None else reason in (found or "")
@@ -222,6 +235,8 @@ def test_without_triton_an_explicit_choice_says_what_is_missing(monkeypatch: pyt
     monkeypatch.setattr(triton, "missing", lambda: "it is on holiday")
     ops.triton_kernels.cache_clear()
     layer = sk.SparseLinear(48, 32, pattern=PATTERN, backend="triton")
+    assert (layer.runs, layer.why) == ("triton", "it is on holiday")
+    assert "cannot run here: it is on holiday" in str(layer)
     for call in (lambda: bsr_linear(X, VALUES, PATTERN, backend="triton"), lambda: layer(X)):
         with pytest.raises(RuntimeError, match='backend="triton" cannot run here: it is on holiday'):
             call()
@@ -243,9 +258,14 @@ def test_an_explicit_choice_is_refused_where_there_is_no_kernel(ready: None, mon
         bsr_linear(torch.ones(5, 24), torch.ones(6, 8, 8), eight, backend="triton")
     with pytest.raises(ValueError, match=r"no kernel for these tensors: .*float64"):
         bsr_linear(X.double(), VALUES.double(), PATTERN, backend="triton")
-    layer = sk.SparseLinear(24, 16, pattern=eight, backend="triton")  # built, moved and cast like any other
-    with pytest.raises(ValueError, match="blocks of 8x8"):
-        layer.half()(torch.ones(5, 24).half())
+    layer = sk.SparseLinear(24, 16, pattern=eight)
+    for call in (
+        lambda: sk.SparseLinear(24, 16, pattern=eight, backend="triton"),
+        lambda: setattr(layer, "backend", "triton"),
+    ):
+        with pytest.raises(ValueError, match="'triton' has no kernel for this layer: blocks of 8x8"):
+            call()
+    assert layer.backend == "auto"
     with pytest.raises(ValueError, match=r'"cpu", "dense" or "reference" for a convolution, got .triton.'):
         bsr_conv2d(torch.ones(1, 12, 4, 4), VALUES, PATTERN, kernel_size=2, backend="triton")
     with pytest.raises(ValueError, match="backend must be one of auto, cpu, dense, reference, got 'triton'"):

@@ -89,6 +89,8 @@ def test_without_a_gpu_a_model_is_shown_and_called_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(run, "QUICK", (Case(512, 512, 512),))
+    assert main(["--device", "cuda", "--quick", "--tune", "--out", str(tmp_path)]) == 1
+    assert "--tune needs a GPU" in capsys.readouterr().out
     assert main(["--device", "cuda", "--quick", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "a MODEL's" in text and "MODEL, not measured" in text

@@ -54,6 +54,9 @@ def main(out: Path, quick: bool, tune_table: bool, console: Console) -> int:
     """``python -m bench --device cuda``."""
     cases = QUICK if quick else CASES
     if not torch.cuda.is_available():
+        if tune_table:
+            console.print("--tune needs a GPU: torch sees none", style="red")
+            return 1
         console.print(
             "No GPU here: these figures are a MODEL's (sparsekern/triton/model.py), nothing was measured. It knows the "
             "rates of data sheets and what the kernels would be asked to do; it knows no latency, launches or clocks.",

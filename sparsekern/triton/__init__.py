@@ -21,12 +21,25 @@ def missing() -> str | None:
     # Not by the name of a distribution: torch's builds for AMD, and its nightly ones, bring Triton under others.
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built without GPUs"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    if reason := _too_old():
+        return reason
     version: str = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}"
     return None
+
+
+def _too_old() -> str | None:
+    """Why this GPU is none that the kernels are compiled for in the tests, or None."""
+    if torch.version.hip:
+        arch: str = torch.cuda.get_device_properties(0).gcnArchName.partition(":")[0]
+        return None if arch in ("gfx942", "gfx950") else f"this GPU is {arch}; the kernels are for CDNA3 and later"
+    major, minor = torch.cuda.get_device_capability(0)
+    return None if major >= 8 else f"this GPU is sm_{major}{minor}; the kernels need Ampere (sm_80) or later"
 
 
 def supports(blocksize: tuple[int, int], dtype: torch.dtype) -> str | None:
