@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,6 +114,18 @@ def call_with_example(model: nn.Module, *example: Any) -> Any:
         raise ValueError(
             f"example must be what the model can be called with, got {', '.join(kinds)}; the model says: {error}"
         ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, where running changes nothing; every module is put back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

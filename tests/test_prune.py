@@ -16,8 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from sparsekern import BlockPattern, prune, sparsify_
 from sparsekern.prune.allocation import best, top_k, whole_blocks
-from sparsekern.prune.placement import Rule, drawn_order, place
-from sparsekern.prune.scores import connection_sensitivity
+from sparsekern.prune.placement import drawn_order
 
 PLACEMENTS = ("auto", "global", "best", "draw", "random")
 
@@ -73,12 +72,15 @@ def test_counts_hold(
     values: int,
 ) -> None:
     """1x1 exactly, larger blocks to half a block, whatever the shapes and however many scores are equal."""
-    scores = {str(i): torch.randint(values, shape, generator=generator(i)).double() for i, shape in enumerate(shapes)}
-    pairs = dict.fromkeys(scores, block)
+    model = nn.ModuleList(nn.Linear(columns, rows) for rows, columns in shapes)
+    scores = {
+        f"{i}.weight": torch.randint(values, shape, generator=generator(i)).double() for i, shape in enumerate(shapes)
+    }
+    scores["0.weight"][0, 0] = 1  # scores that are all zero are refused
+    pairs = {str(i): block for i in range(len(shapes))}
     if last != "same":
         pairs[str(len(shapes) - 1)] = last
-    masks = place(scores, {}, pairs, Rule(sparsity, placement, 0, generator()))
-    patterns = {name: BlockPattern.from_mask(masks[name], pairs[name], scores[name].shape) for name in scores}
+    patterns = prune.from_scores(model, scores, sparsity, pairs, placement=placement, min_blocks=0)
     kept, total = sizes_of(patterns)
     largest = max(bh * bw for bh, bw in pairs.values())
     assert abs(kept - round(total * (1 - sparsity))) <= largest / 2
@@ -148,7 +150,7 @@ def test_whole_blocks_go_to_the_largest_remainder() -> None:
 
 def test_unstructured_is_the_global_top_k() -> None:
     model, pair = mlp(20, 15, 6), data(20, 6)
-    scores, _ = connection_sensitivity(model, {"0": model[0], "2": model[2]}, pair, cross_entropy)
+    scores = prune.scores.snip(model, pair, cross_entropy)
     flat = np.concatenate([matrix.numpy().ravel() for matrix in scores.values()])
     expected = np.zeros(flat.size, dtype=bool)
     expected[np.argsort(-flat, kind="stable")[: round(flat.size * 0.3)]] = True
@@ -176,10 +178,11 @@ def test_lenet_300_100_counts_weights_and_biases_as_the_authors_do() -> None:
 
 def test_global_blocks_compete_by_their_mean_score() -> None:
     model, pair = mlp(12, 10, 8), data(12, 8)
-    scores, _ = connection_sensitivity(model, {"0": model[0], "2": model[2]}, pair, cross_entropy)
+    scores = prune.scores.snip(model, pair, cross_entropy)
     pairs = {"0": (4, 4), "2": (2, 5)}
     blocks = []
-    for name, matrix in scores.items():
+    for key, matrix in scores.items():
+        name = key.removesuffix(".weight")
         bh, bw = pairs[name]
         for i in range(0, matrix.shape[0], bh):
             for j in range(0, matrix.shape[1], bw):
@@ -228,7 +231,7 @@ def test_min_blocks_keeps_every_layer_alive(placement: str, block: tuple[int, in
 def test_a_sparsity_that_leaves_less_than_the_floor_is_refused() -> None:
     model, pair = Faint(), data(32, 32)
     for placement in PLACEMENTS:
-        with pytest.raises(ValueError, match=r"leaves 31 weights, but min_blocks=1 in each of 3 layers needs 129"):
+        with pytest.raises(ValueError, match=r"leaves 31 weights, but min_blocks=1 .* 3 layers need 129"):
             prune.snip(model, pair, cross_entropy, 0.99, placement=placement)
 
 
@@ -281,7 +284,8 @@ def test_layers_take_their_density_from_the_unstructured_ranking() -> None:
         blocks = prune.snip(model, pair, cross_entropy, 0.8, (4, 4), placement=placement)
         for name, pattern in unstructured.items():
             assert abs(blocks[name].nnz - pattern.nnz) <= 16
-    assert prune.snip(model, pair, cross_entropy, 0.8, (4, 4))["4"] == unstructured["4"]
+    # Single weights of the classifier fill up what blocks of 16 leave over.
+    assert prune.snip(model, pair, cross_entropy, 0.8, (4, 4))["4"].nnz - unstructured["4"].nnz in (0, 1)
 
 
 # ---- block sizes ----------------------------------------------------------------------------------------------------

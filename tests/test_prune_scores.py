@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsekern import prune
-from sparsekern.eligible import convertible
-from sparsekern.prune.scores import block_means, connection_sensitivity
+from sparsekern.prune.units import units
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +32,8 @@ def batch(n: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 2, 4, 4, dtype=torch.float64), torch.randint(4, (n,))
 
 
-def score(model: nn.Module, batches: object, **keywords: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return connection_sensitivity(model, convertible(model)[0], batches, cross_entropy, **keywords)
+def score(model: nn.Module, batches: object, **keywords: bool) -> dict[str, Tensor]:
+    return prune.scores.snip(model, batches, cross_entropy, **keywords)
 
 
 def test_scores_are_the_effect_of_a_small_change_of_each_indicator() -> None:
@@ -49,44 +48,35 @@ def test_scores_are_the_effect_of_a_small_change_of_each_indicator() -> None:
         parameter[index] = value
         return abs(losses[0] - losses[1]) / (2 * eps)
 
-    weights, biases = score(model, batches, biases=True)
-    effects, scores = [], []
+    scores = score(model, batches, biases=True)
+    assert set(scores) == {name for name, _ in model.named_parameters()}
     with torch.no_grad():
-        for name in ("0", "2", "5"):
-            weight, bias = model.get_submodule(name).weight, model.get_submodule(name).bias
-            for index in np.ndindex(*weight.shape):
-                effects.append(effect(weight, index))
-                o, c, *tap = index
-                column = c if not tap else (tap[0] * weight.shape[3] + tap[1]) * weight.shape[1] + c
-                scores.append(weights[name][o, column].item())
-            for index in np.ndindex(*bias.shape):
-                effects.append(effect(bias, index))
-                scores.append(biases[name][index].item())
-    assert sum(scores) == pytest.approx(1, rel=1e-12)
-    np.testing.assert_allclose(scores, np.array(effects) / sum(effects), rtol=1e-5, atol=1e-9)
+        for name, parameter in model.named_parameters():
+            effects = [effect(parameter, index) for index in np.ndindex(*parameter.shape)]
+            found = [scores[name][index].item() for index in np.ndindex(*parameter.shape)]
+            np.testing.assert_allclose(found, effects, rtol=1e-5, atol=1e-9)
 
 
 def test_biases_are_left_out_unless_asked_for() -> None:
-    weights, biases = score(small_net(), batch())
-    assert not biases
-    assert sum(float(matrix.sum()) for matrix in weights.values()) == pytest.approx(1, rel=1e-12)
+    assert set(score(small_net(), batch())) == {"0.weight", "2.weight", "5.weight"}
 
 
 def test_one_pair_a_list_and_a_loader_are_the_same_batches() -> None:
     model, (x, y) = small_net(), batch(6)
     for other in ([x, y], [(x, y)], iter([(x, y)]), DataLoader(TensorDataset(x, y), batch_size=6)):
-        expected, found = score(model, (x, y))[0], score(model, other)[0]
+        expected, found = score(model, (x, y)), score(model, other)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    two = score(model, [(x[:3], y[:3]), (x[3:], y[3:])])[0]
-    torch.testing.assert_close(two, score(model, (x, y))[0])
+    two = score(model, [(x[:3], y[:3]), (x[3:], y[3:])])
+    whole = {name: 2 * value for name, value in score(model, (x, y)).items()}  # two means, each of half the examples
+    torch.testing.assert_close(two, whole)
 
 
 def test_frozen_weights_are_scored_without_gradient_mode() -> None:
     model, data = small_net(), batch()
-    expected = score(model, data)[0]
+    expected = score(model, data)
     model.requires_grad_(False)
     with torch.no_grad():
-        found = score(model, data)[0]
+        found = score(model, data)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -98,8 +88,8 @@ def test_half_precision_models_are_scored_in_float32() -> None:
     for part, target in zip(x.split(1), y.split(1), strict=True):
         total += torch.autograd.grad(cross_entropy(linear(part, weight, model.bias), target), weight)[0].float()
     expected = (weight.detach().double() * total.double()).abs()
-    found = score(model, zip(x.split(1), y.split(1), strict=True))[0][""]
-    torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-6, atol=0)
+    found = score(model, zip(x.split(1), y.split(1), strict=True))["weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 class Stateful(nn.Module):
@@ -147,8 +137,8 @@ def bad_loss(kind: str) -> Callable[[Tensor, Tensor], object]:
         ("vector", ValueError, "scalar, got shape"),
         ("number", TypeError, "must return a tensor, got float"),
         ("constant", ValueError, "depends on the model's weights"),
-        ("not finite", ValueError, "layer 'body.0' has scores that are not finite"),
-        ("zero", ValueError, "positive, finite sum"),
+        ("not finite", ValueError, "'body.0.weight' has scores that are not finite"),
+        ("zero", ValueError, "scores must not all be zero"),
     ],
 )
 def test_scoring_leaves_no_trace(kind: str, error: type[Exception] | None, match: str) -> None:
@@ -195,8 +185,8 @@ def test_a_non_finite_weight_is_named() -> None:
     model = small_net()
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer '0'"):  # NaN reaches every gradient; the first layer is named
-        score(model, batch())
+    with pytest.raises(ValueError, match=r"'0\.weight'"):  # NaN reaches every gradient; the first layer is named
+        prune.snip(model, batch(), cross_entropy)
 
 
 def test_a_layer_that_the_loss_does_not_reach_scores_zero() -> None:
@@ -209,25 +199,31 @@ def test_a_layer_that_the_loss_does_not_reach_scores_zero() -> None:
             return self.used(x)
 
     data = (torch.randn(3, 4), torch.randint(4, (3,)))
-    assert not score(Spare(), data)[0]["spare"].any()
+    assert not score(Spare(), data)["spare.weight"].any()
     assert prune.snip(Spare(), data, cross_entropy, 0.5, (1, 1))["spare"].nnz == 1
 
 
 @pytest.mark.parametrize("rows, columns", [(5, 7), (8, 8), (3, 1)])
 @pytest.mark.parametrize("bh, bw", [(1, 1), (2, 3), (4, 4), (9, 9)])
-def test_block_means_count_true_entries_only(rows: int, columns: int, bh: int, bw: int) -> None:
-    matrix = torch.rand(rows, columns, dtype=torch.float64)
-    means, sizes = block_means(matrix, (bh, bw))
-    assert means.shape == sizes.shape == (-(-rows // bh), -(-columns // bw))
-    for i, j in np.ndindex(*means.shape):
-        block = matrix.numpy()[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
-        assert sizes[i, j] == block.size
-        assert means[i, j].item() == pytest.approx(block.mean(), rel=1e-12)
+def test_scores_of_blocks_count_true_entries_only(rows: int, columns: int, bh: int, bw: int) -> None:
+    matrix = torch.randn(rows, columns, dtype=torch.float64)
+    rules = {
+        "mean": lambda block: block.mean(),
+        "l2": lambda block: np.sqrt((block**2).mean()),
+        "gate": lambda block: abs(block.mean()),
+    }
+    for rule, of_block in rules.items():
+        grid = units(nn.Linear(columns, rows), matrix, (bh, bw), block_score=rule)
+        assert grid.scores.shape == grid.sizes.shape == (-(-rows // bh), -(-columns // bw))
+        for i, j in np.ndindex(*grid.scores.shape):
+            block = matrix.numpy()[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
+            assert grid.sizes[i, j] == block.size
+            assert grid.scores[i, j].item() == pytest.approx(of_block(block), rel=1e-12)
 
 
 def test_model_is_not_copied_into_the_scores() -> None:
     model, data = small_net(), batch()
     before = copy.deepcopy(model.state_dict())
-    for matrix in score(model, data)[0].values():
+    for matrix in score(model, data).values():
         matrix.fill_(1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..eligible import call_with_example, convertible
-from ..prune.allocation import Blocksize, check_blocksize
-from ..prune.allocation import blocksizes as pruned_blocksizes
+from ..eligible import convertible
+from ..prune.blocksizes import Blocksize, check_blocksize
+from ..prune.blocksizes import blocksizes as pruned_blocksizes
 from ..weights import weight_matrix
-from .layers import work_of
-from .model import Work
+from .layers import LayerCall, recorded_calls
 from .table import Table, current
-
-
-class LayerCall(NamedTuple):
-    """One call of a layer in a training step: what it does, the products it takes, and the shape of its input.
-
-    A layer whose input needs no gradient, such as the first, takes no dgrad.
-    """
-
-    work: Work
-    products: tuple[str, ...]
-    input: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ def advise(
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsities must be fractions removed, in [0, 1), got {sparsity}")
     own = {asked: pruned_blocksizes(model, asked) for asked in blocksizes}
-    calls = _record(model, example)
+    calls = recorded_calls(model, example)
     table = table or current()
     rows = []
     for name, layer in convertible(model)[0].items():
@@ -162,37 +149,3 @@ def _why_not(layer: nn.Linear | nn.Conv2d, calls: Sequence[LayerCall]) -> str | 
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"it is {weight.dtype} on {weight.device}; the cost model knows float32 on the CPU"
     return None if calls else "the model did not call it"
-
-
-def _record(model: nn.Module, example: Any) -> dict[nn.Module, list[LayerCall]]:
-    """The calls of each layer while the model runs on the example."""
-    calls: dict[nn.Module, list[LayerCall]] = {}
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, (nn.Linear, nn.Conv2d))
-        (x,) = inputs
-        products = ("forward", *["dgrad"] * x.requires_grad, *["wgrad"] * layer.weight.requires_grad)
-        if x.numel():
-            call = LayerCall(work_of(layer, x.shape, output.shape), products, tuple(x.shape))
-            calls.setdefault(layer, []).append(call)
-
-    handles = [layer.register_forward_hook(record) for layer in convertible(model)[0].values()]
-    try:
-        with _evaluating(model), torch.enable_grad():
-            call_with_example(model, *(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, where running changes nothing; every module is put back into the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

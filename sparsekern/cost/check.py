@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..prune.allocation import Blocksize
+from ..prune.blocksizes import Blocksize
 from .advise import LayerAdvice
 from .layers import sparse_layer, timed_calls
 from .table import Table, current

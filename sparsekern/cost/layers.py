@@ -1,20 +1,33 @@
-"""From a layer to its :class:`Work`, and to calls that can be timed."""
+"""From a layer to its :class:`Work`, from a model to the calls of its layers, and to calls that can be timed."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..eligible import call_with_example, convertible, evaluating
 from ..functional import Backend
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
 from ..pattern import BlockPattern
 from ..weights import weight_matrix
 from .model import PRODUCTS, Work
 from .timer import Call
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer in a training step: what it does, the products it takes, and the shape of its input.
+
+    A layer whose input needs no gradient, such as the first, takes no dgrad.
+    """
+
+    work: Work
+    products: tuple[str, ...]
+    input: tuple[int, ...]
 
 
 def work_of(layer: nn.Linear | nn.Conv2d, input: Sequence[int], output: Sequence[int]) -> Work:
@@ -66,3 +79,25 @@ def timed_calls(layer: nn.Linear | nn.Conv2d | SparseLayer, x: Tensor) -> dict[t
         (forward_, wgrad): lambda: torch.autograd.grad(layer(x), parameters, grad),
         PRODUCTS: lambda: torch.autograd.grad(layer(leaf), (leaf, *parameters), grad),
     }
+
+
+def recorded_calls(model: nn.Module, example: Any) -> dict[nn.Module, list[LayerCall]]:
+    """The calls of each layer that can be sparse while the model runs on the example, in evaluation mode."""
+    calls: dict[nn.Module, list[LayerCall]] = {}
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        (x,) = inputs
+        products = ("forward", *["dgrad"] * x.requires_grad, *["wgrad"] * layer.weight.requires_grad)
+        if x.numel():
+            call = LayerCall(work_of(layer, x.shape, output.shape), products, tuple(x.shape))
+            calls.setdefault(layer, []).append(call)
+
+    handles = [layer.register_forward_hook(record) for layer in convertible(model)[0].values()]
+    try:
+        with evaluating(model), torch.enable_grad():
+            call_with_example(model, *(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

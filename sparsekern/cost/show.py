@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 
-from ..prune.allocation import Blocksize
+from ..prune.blocksizes import Blocksize
 from .advise import LayerAdvice
 from .check import Checked, errors
 from .table import Table

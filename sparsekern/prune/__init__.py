@@ -1,7 +1,8 @@
 """Pruning before training: from a dense model and a sparsity to ``{module name: BlockPattern}``.
 
 ``scores`` says what a connection is worth, ``allocation`` how much each layer keeps, ``placement`` where its blocks
-stand; ``methods`` puts them together.
+stand; ``selection`` puts the two together for any scores, and ``methods`` has a function for each score. ``losses``
+holds those that need no labels.
 
 The paper's own SNIP, where all weights and biases of the model compete and training starts from fresh weights::
 
@@ -15,8 +16,34 @@ The paper's own SNIP, where all weights and biases of the model compete and trai
     sparsify_(model, patterns)
 """
 
-from sparsekern.prune.allocation import blocksizes
-from sparsekern.prune.methods import random, shuffle, snip
-from sparsekern.prune.patterns import Patterns
+from . import losses, scores
+from .blocksizes import blocksizes
+from .by_time import InTime, in_time
+from .connectivity import Connectivity, connectivity, reconnect
+from .methods import force, grasp, iterative_snip, magnitude, random, shuffle, snip, synflow
+from .patterns import Patterns
+from .placement import Balance, Placement
+from .selection import from_scores
 
-__all__ = ["Patterns", "blocksizes", "random", "shuffle", "snip"]
+__all__ = [
+    "Balance",
+    "Connectivity",
+    "InTime",
+    "Patterns",
+    "Placement",
+    "blocksizes",
+    "connectivity",
+    "force",
+    "from_scores",
+    "grasp",
+    "in_time",
+    "iterative_snip",
+    "losses",
+    "magnitude",
+    "random",
+    "reconnect",
+    "scores",
+    "shuffle",
+    "snip",
+    "synflow",
+]

@@ -1,84 +1,112 @@
-"""How much each layer keeps: its block size, its share of the kept weights, and that share in whole blocks."""
+"""How much each layer keeps: densities by rule or by one ranking of all weights, exact counts, and whole blocks."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsekern.eligible import convertible
-from sparsekern.weights import weight_matrix
-
-Blocksize = tuple[int, int]
-
-# Fewer blocks than this across a layer leave no choice of what to keep.
-MIN_GRID = 4
-
-log = logging.getLogger("sparsekern")
+Allocation = Literal["global", "uniform", "erk", "igq"]
 
 
-def blocksizes(model: nn.Module, blocksize: Blocksize | Mapping[str, Blocksize]) -> dict[str, Blocksize]:
-    """The block size (bh, bw) of every layer that can be sparse, {module name: (bh, bw)} in module order.
+def densities(shapes: Mapping[str, tuple[int, ...]], rule: Allocation, density: float) -> dict[str, float]:
+    """The density of each layer by a rule that knows only shapes, so that all layers together have ``density``.
 
-    One block size for all is adjusted, and the adjustment logged: a convolution's blocks stay within one kernel tap and
-    one group (bw becomes gcd(bw, C_in/groups), with groups also bh gcd(bh, C_out/groups)), and (1, 1) goes to the
-    classifier (the model's last Linear or Conv2d) and to layers with fewer than 4 block rows or columns.
+    - "uniform": the same everywhere.
+    - "erk": Erdős-Rényi-kernel, proportional to sum(shape) / prod(shape), at most 1. Source: Evci et al., "Rigging the
+      lottery", ICML 2020, and its code for layers that would exceed 1.
+    - "igq": 1 / (F * weights + 1), "ideal gas quotas", with the one F that fits. Source: Vysogorets & Kempe,
+      "Connectivity matters: neural network pruning through the lens of effective sparsity", JMLR 2023.
 
-    A dictionary is taken at its word for the layers that it names; all others get (1, 1).
+    Args:
+        shapes: {layer: shape of its weight in torch's layout}.
+        rule: one of the above.
+        density: of all weights together, in (0, 1].
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if rule == "uniform":
+        return dict.fromkeys(shapes, density)
+    total = density * sum(sizes.values())
+    if rule == "erk":
+        ratios = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
+        kept = _filled(lambda scale, name: min(1.0, scale * ratios[name]) * sizes[name], sizes, total)
+        return {name: kept[name] / size for name, size in sizes.items()}
+    if rule == "igq":
+        kept = _filled(lambda scale, name: sizes[name] / (sizes[name] / scale + 1), sizes, total)
+        return {name: kept[name] / size for name, size in sizes.items()}
+    raise ValueError(f"allocation must be one of {get_args(Allocation)}, or {{layer: density}}, got {rule!r}")
+
+
+def exact_counts(
+    wanted: Mapping[str, float], k: int, floors: Mapping[str, int], ceilings: Mapping[str, int]
+) -> dict[str, int]:
+    """Whole numbers near ``wanted``, within floors and ceilings, that add up to ``k``.
+
+    What the limits take away or add is shared among the other layers in proportion to what they want; fractions go to
+    the largest remainders, the earlier layer winning a tie.
 
     Raises:
-        ValueError: a block size below 1, or a dictionary that names what cannot be sparse.
-        TypeError: a block size that is no pair of integers.
+        ValueError: the limits leave no room for ``k``.
     """
-    layers, skipped = convertible(model)
-    if isinstance(blocksize, Mapping):
-        for name, pair in blocksize.items():
-            if name not in layers:
-                raise ValueError(f"blocksize names {name!r}: {skipped.get(name, 'no Linear or Conv2d of the model')}")
-            check_blocksize(f"blocksize[{name!r}]", pair)
-        return {name: blocksize.get(name, (1, 1)) for name in layers}
-    check_blocksize("blocksize", blocksize)
-    candidates = [name for name, _ in model.named_modules() if name in layers or name in skipped]
-    return {name: _adjusted(name, layer, blocksize, name == candidates[-1]) for name, layer in layers.items()}
+    if not sum(floors.values()) <= k <= sum(ceilings.values()):
+        raise ValueError(
+            f"the limits of the layers leave {sum(floors.values())} to {sum(ceilings.values())} weights, not {k}"
+        )
+
+    def of(scale: float, name: str) -> float:
+        return min(max(scale * wanted[name], floors[name]), ceilings[name])
+
+    # Zero wants can't be scaled up: a little of everything makes every count between the limits reachable.
+    wanted = {name: max(value, 1e-9) for name, value in wanted.items()}
+    shares = _filled(of, wanted, k)
+    counts = {name: math.floor(share + 1e-9) for name, share in shares.items()}
+    by_remainder = sorted(counts, key=lambda name: counts[name] - shares[name])
+    while (missing := k - sum(counts.values())) != 0:
+        step = 1 if missing > 0 else -1
+        for name in by_remainder if step > 0 else reversed(by_remainder):
+            if missing and floors[name] <= counts[name] + step <= ceilings[name]:
+                counts[name] += step
+                missing -= step
+    return counts
 
 
-def _adjusted(name: str, layer: nn.Linear | nn.Conv2d, blocksize: Blocksize, classifier: bool) -> Blocksize:
-    bh, bw = blocksize
-    if isinstance(layer, nn.Conv2d):
-        bw = math.gcd(bw, layer.in_channels // layer.groups)
-        if layer.groups > 1:
-            bh = math.gcd(bh, layer.out_channels // layer.groups)
-    rows, columns = weight_matrix(layer.weight).shape
-    if classifier or -(-rows // bh) < MIN_GRID or -(-columns // bw) < MIN_GRID:
-        bh = bw = 1
-    if (bh, bw) != blocksize:
-        log.info("layer %r, %d x %d, gets blocks of %s instead of %s", name, rows, columns, (bh, bw), blocksize)
-    return bh, bw
+def _filled(of: Callable[[float, str], float], names: Iterable[str], total: float) -> dict[str, float]:
+    """``of(scale, name)``, which rises with the scale, at the least scale at which all names have ``total``."""
+    names, low, high = list(names), 0.0, 1.0
+    while sum(of(high, name) for name in names) < total and high < 1e30:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if sum(of(middle, name) for name in names) < total:
+            low = middle
+        else:
+            high = middle
+    return {name: of(high, name) for name in names}
 
 
-def check_blocksize(name: str, pair: object) -> None:
-    """Raise TypeError or ValueError unless ``pair`` is a block size (bh, bw)."""
-    if not isinstance(pair, tuple) or len(pair) != 2 or not all(type(n) is int for n in pair):
-        raise TypeError(f"{name} must be a tuple of two integers (bh, bw), got {pair!r}")
-    if min(pair) < 1:
-        raise ValueError(f"{name} must be at least 1 in both dimensions, got {pair!r}")
-
-
-def top_k(scores: Mapping[str, Tensor], k: int, floors: Mapping[str, int]) -> dict[str, Tensor]:
+def top_k(
+    scores: Mapping[str, Tensor],
+    k: int,
+    floors: Mapping[str, int] | None = None,
+    ceilings: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
     """Exactly the ``k`` best of all scores together, as bool masks of the same shapes; the earlier entry wins a tie.
 
     Args:
         scores: {name: float64, any shape}, without NaN.
-        k: how many entries to keep, at least the sum of the floors, at most as many as there are.
+        k: how many entries to keep, within what the limits leave.
         floors: {name: how many of that tensor's best entries are kept whatever the others score}; 0 where not given.
+        ceilings: {name: how many of that tensor's entries can be kept}; all where not given.
     """
     flat = []
     for name, score in scores.items():
         values = score.flatten()
-        flat.append(values.masked_fill(best(values, floors.get(name, 0)), math.inf))
+        if ceilings and name in ceilings:
+            values = values.masked_fill(~best(values, ceilings[name]), -math.inf)
+        flat.append(values.masked_fill(best(values, (floors or {}).get(name, 0)), math.inf))
     parts = best(torch.cat(flat), k).split([values.numel() for values in flat])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 

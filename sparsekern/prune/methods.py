@@ -1,114 +1,226 @@
-"""From a dense model to the patterns of its layers: SNIP, random pruning, and the random twin of given patterns."""
+"""From a dense model to the patterns of its layers, in one call: a score each, and the rules that all share."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Unpack, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsekern.eligible import convertible
-from sparsekern.pattern import BlockPattern
-from sparsekern.prune.allocation import Blocksize, blocksizes
-from sparsekern.prune.patterns import Patterns
-from sparsekern.prune.placement import Placement, Rule, cpu_generator, drawn_order, first, place
-from sparsekern.prune.scores import Batches, LossFn, connection_sensitivity
-from sparsekern.weights import weight_matrix
+from ..pattern import BlockPattern
+from . import scores
+from .blocksizes import Blocksize
+from .by_time import Of, in_time
+from .patterns import Patterns
+from .placement import cpu_generator, drawn_order, first
+from .scores import Batches, LossFn
+from .scores.gradients import pairs
+from .scores.snip import Accumulate
+from .selection import Selection, from_scores
 
 Biases = Literal["keep", "score"]
+BlocksizeArgument = Blocksize | Mapping[str, Blocksize] | None
 
-log = logging.getLogger("sparsekern")
+
+class Rules(Selection, total=False):
+    """Keyword arguments of all methods: those of :func:`from_scores`, and to prune to a speed-up instead.
+
+    ``speedup``, ``of`` ("inference", "eval" or "step") and, for scores without data, ``example``, an (input, target)
+    batch of the size that matters: see :func:`in_time`. Takes the place of a sparsity; then ``blocksize=None`` chooses
+    one for each layer.
+    """
+
+    speedup: float | None
+    of: Of
+    example: tuple[Any, Any]
+
+
+def _select(
+    model: nn.Module,
+    found: scores.Scores,
+    sparsity: float | None,
+    blocksize: BlocksizeArgument,
+    rules: Rules,
+    example: tuple[Any, Any] | None = None,
+    loss_fn: LossFn | None = None,
+) -> Patterns:
+    """:func:`from_scores`, or :func:`in_time` where a speed-up is asked for."""
+    asked, of, example = rules.get("speedup"), rules.get("of"), rules.get("example", example)
+    selection: Any = {key: value for key, value in rules.items() if key in Selection.__annotations__}
+    if asked is None:
+        for name in ("of", "example"):
+            if name in rules:
+                raise ValueError(f"{name} goes with speedup, which is not given")
+        if blocksize is None:
+            raise ValueError("blocksize=None goes with speedup; give a pair such as (8, 8)")
+        return from_scores(model, found, sparsity, blocksize, **selection)
+    if example is None:
+        raise ValueError("example must be given with speedup: an (input, target) batch of the size that matters")
+    return in_time(model, found, asked, blocksize, example, of=of or "inference", loss_fn=loss_fn, **selection)
+
+
+def _default(sparsity: float | None, rules: Rules) -> float | None:
+    """The sparsity that is meant where none is given."""
+    if rules.get("speedup") is not None:
+        if sparsity is not None:
+            raise ValueError(f"sparsity and speedup cannot both be given, got {sparsity} and {rules['speedup']}")
+        return None
+    return (
+        None
+        if isinstance(rules.get("allocation"), Mapping) and sparsity is None
+        else 0.9
+        if sparsity is None
+        else sparsity
+    )
 
 
 def snip(
     model: nn.Module,
     batches: Batches,
     loss_fn: LossFn,
-    sparsity: float = 0.9,
-    blocksize: Blocksize | Mapping[str, Blocksize] = (8, 8),
+    sparsity: float | None = None,
+    blocksize: BlocksizeArgument = (8, 8),
     *,
-    placement: Placement = "auto",
     biases: Biases = "keep",
-    min_blocks: int = 1,
-    generator: torch.Generator | None = None,
+    accumulate: Accumulate = "signed",
+    **rules: Unpack[Rules],
 ) -> Patterns:
     """Prune before training by connection sensitivity |w·∂L/∂w|: which blocks of each layer to keep. Changes nothing.
-
-    Source: Lee, Ajanthan & Torr, "SNIP: single-shot network pruning based on connection sensitivity", ICLR 2019;
-    :mod:`sparsekern.prune` shows the authors' own mode.
 
     With larger blocks a ranking of all blocks together starves small layers. By default each layer therefore gets the
     density that it has when single weights are ranked together, and its blocks are placed within the layer.
 
+    Source: Lee, Ajanthan & Torr, "SNIP: single-shot network pruning based on connection sensitivity", ICLR 2019;
+    :mod:`sparsekern.prune` shows the authors' own mode.
+
     Args:
-        model: any model; each nn.Linear and nn.Conv2d that can be sparse gets a pattern. It runs in the mode it is in
-            (train or eval) and is left exactly as it was.
-        batches: (input, target) pairs, or one such pair, on the model's device. Gradients are summed over them.
-        loss_fn: ``loss_fn(model(input), target)`` is a scalar tensor.
-        sparsity: fraction to remove, in [0, 1), of the weights of all layers in the result (and of their biases, with
-            ``biases="score"``).
-        blocksize: (bh, bw), or one per layer; :func:`blocksizes` says where it gives way.
-        placement: which blocks of a layer to keep.
-            "draw": at random in proportion to their mean score, the same number (±1) from every block row;
-            "random": at random, the same number (±1) from every block row;
-            "best": those with the best mean score in the layer;
-            "auto": "best" in layers with blocks of (1, 1), "draw" in all others;
-            "global": those with the best mean score in the model, whatever layer they are in.
+        model, batches, loss_fn, accumulate: as in :func:`scores.snip <sparsekern.prune.scores.snip>`.
+        sparsity: as in :func:`from_scores`; 0.9 where neither it, nor ``speedup``, nor densities are given.
+        blocksize: as in :func:`from_scores`.
         biases: "keep" all; or "score" them like weights, as the authors do (zero biases score 0 and fall): a layer
             whose bias falls is named in ``drop_bias`` of the result.
-        min_blocks: blocks that each layer keeps in any case.
-        generator: CPU generator for the draws; a fresh one with seed 0 by default.
+        **rules: allocation, placement, balance, granularity, block_score, min_blocks, min_density, max_density, exclude
+            and generator, as in :func:`from_scores`; or ``speedup`` (and ``of``, ``example``) in place of a sparsity,
+            as in :func:`in_time`. The example is the first batch unless given.
 
     Returns:
-        {module name: BlockPattern, on the CPU}. With blocks of (1, 1) exactly ``round(n * (1 - sparsity))`` of the
-        ``n`` weights (and scored biases) are kept; larger blocks come within half a block of that, and ``achieved``
-        says how near.
+        {module name: BlockPattern, on the CPU}, as :func:`from_scores`.
 
     Raises:
-        ValueError: an argument out of range, a model without layers to prune, no batch, a loss without gradient, scores
-            that are not finite, a sparsity that leaves less than ``min_blocks``, or a bias that would fall in part.
-        TypeError: an argument, batch or loss of the wrong type.
+        ValueError, TypeError: as :func:`scores.snip <sparsekern.prune.scores.snip>` and :func:`from_scores`.
     """
     if biases not in get_args(Biases):
         raise ValueError(f"biases must be one of {get_args(Biases)}, got {biases!r}")
-    rule = Rule(sparsity, placement, min_blocks, cpu_generator(generator))
-    layers, pairs = _layers(model), blocksizes(model, blocksize)
-    weights, bias_scores = connection_sensitivity(model, layers, batches, loss_fn, biases=biases == "score")
-    masks = place(weights, {_bias_key(name): scores for name, scores in bias_scores.items()}, pairs, rule)
-
-    drop_bias = set()
-    for name in bias_scores:
-        kept, size = int(masks[_bias_key(name)].sum()), masks[_bias_key(name)].numel()
-        if 0 < kept < size:
-            raise ValueError(f"the bias of layer {name!r} would keep {kept} of {size} entries: layers keep all or none")
-        if not kept:
-            drop_bias.add(name)
-    return _patterns(masks, layers, pairs, sparsity, frozenset(drop_bias))
+    wanted, example = _default(sparsity, rules), None
+    if wanted is None and "example" not in rules and "speedup" in rules:
+        batches = list(pairs(batches))  # the first batch is what is timed; scores need all of them
+        example = batches[0]
+    found = scores.snip(
+        model,
+        batches,
+        loss_fn,
+        accumulate=accumulate,
+        signed=rules.get("block_score") == "gate",
+        biases=biases == "score",
+    )
+    return _select(model, found, wanted, blocksize, rules, example, loss_fn)
 
 
 def random(
     model: nn.Module,
-    sparsity: float = 0.9,
-    blocksize: Blocksize | Mapping[str, Blocksize] = (8, 8),
-    *,
-    min_blocks: int = 1,
-    generator: torch.Generator | None = None,
+    sparsity: float | None = None,
+    blocksize: BlocksizeArgument = (8, 8),
+    **rules: Unpack[Rules],
 ) -> Patterns:
-    """Blocks at random, the same density in every layer and the same number (±1) from every block row; needs no data.
+    """Blocks at random, by default the same density in every layer; needs no data.
 
-    Arguments, counts and errors as in :func:`snip`.
+    Arguments, counts and errors as in :func:`from_scores`, with the defaults ``allocation="uniform"`` and
+    ``placement="random"``.
     """
-    rule = Rule(sparsity, "random", min_blocks, cpu_generator(generator))
-    layers, pairs = _layers(model), blocksizes(model, blocksize)
-    # Scores spread evenly over (0, 1) in every layer: one threshold for all leaves the same density everywhere.
-    even = {}
-    for name, layer in layers.items():
-        size = layer.weight.numel()
-        even[name] = ((torch.arange(size, dtype=torch.float64) + 0.5) / size).view(weight_matrix(layer.weight).shape)
-    return _patterns(place(even, {}, pairs, rule), layers, pairs, sparsity)
+    wanted = _default(sparsity, rules)
+    generator = rules["generator"] = cpu_generator(rules.get("generator"))
+    rules.setdefault("placement", "random")
+    if wanted is not None:
+        rules.setdefault("allocation", "uniform")
+    return _select(model, scores.random(model, generator), wanted, blocksize, rules)
+
+
+def magnitude(
+    model: nn.Module,
+    sparsity: float | None = None,
+    blocksize: BlocksizeArgument = (8, 8),
+    **rules: Unpack[Rules],
+) -> Patterns:
+    """Prune by |w|. Arguments, counts and errors as in :func:`from_scores`."""
+    return _select(model, scores.magnitude(model), _default(sparsity, rules), blocksize, rules)
+
+
+def grasp(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    sparsity: float | None = None,
+    blocksize: BlocksizeArgument = (8, 8),
+    *,
+    absolute: bool = False,
+    **rules: Unpack[Rules],
+) -> Patterns:
+    """Prune by GraSP. Arguments and errors as in :func:`scores.grasp <sparsekern.prune.scores.grasp>` and
+    :func:`from_scores`."""
+    wanted = _default(sparsity, rules)
+    found = scores.grasp(model, batches, loss_fn, absolute=absolute)
+    return _select(model, found, wanted, blocksize, rules, next(pairs(batches)), loss_fn)
+
+
+def synflow(
+    model: nn.Module,
+    image_shape: Sequence[int],
+    sparsity: float = 0.9,
+    blocksize: BlocksizeArgument = (8, 8),
+    *,
+    rounds: int = 100,
+    **rules: Unpack[Rules],
+) -> Patterns:
+    """Prune by SynFlow, without data. Arguments and errors as in
+    :func:`scores.synflow <sparsekern.prune.scores.synflow>` and :func:`from_scores`."""
+    found = scores.synflow(model, image_shape, sparsity, rounds=rounds)
+    return _select(model, found, None if "speedup" in rules else sparsity, blocksize, rules)
+
+
+def iterative_snip(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    sparsity: float = 0.9,
+    blocksize: BlocksizeArgument = (8, 8),
+    *,
+    rounds: int = 60,
+    **rules: Unpack[Rules],
+) -> Patterns:
+    """Prune by SNIP in rounds; with ``speedup``, ``sparsity`` is where the rounds end. Arguments and errors as in
+    :func:`scores.iterative_snip <sparsekern.prune.scores.iterative_snip>` and :func:`from_scores`."""
+    found = scores.iterative_snip(model, batches, loss_fn, sparsity, rounds=rounds)
+    wanted = None if "speedup" in rules else sparsity
+    return _select(model, found, wanted, blocksize, rules, next(pairs(batches)), loss_fn)
+
+
+def force(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    sparsity: float = 0.9,
+    blocksize: BlocksizeArgument = (8, 8),
+    *,
+    rounds: int = 60,
+    **rules: Unpack[Rules],
+) -> Patterns:
+    """Prune by FORCE; with ``speedup``, ``sparsity`` is where the rounds end. Arguments and errors as in
+    :func:`scores.force <sparsekern.prune.scores.force>` and :func:`from_scores`."""
+    found = scores.force(model, batches, loss_fn, sparsity, rounds=rounds)
+    wanted = None if "speedup" in rules else sparsity
+    return _select(model, found, wanted, blocksize, rules, next(pairs(batches)), loss_fn)
 
 
 def shuffle(patterns: Mapping[str, BlockPattern], generator: torch.Generator | None = None) -> Patterns:
@@ -134,34 +246,3 @@ def shuffle(patterns: Mapping[str, BlockPattern], generator: torch.Generator | N
         mask = first(order, pattern.nnz_blocks, pattern.grid)
         twins[name] = BlockPattern.from_mask(mask, pattern.blocksize, pattern.shape).to(pattern.device)
     return Patterns(twins, getattr(patterns, "requested", None), getattr(patterns, "drop_bias", frozenset()))
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers, skipped = convertible(model)
-    if not layers:
-        why = "".join(f"; {name!r}: {reason}" for name, reason in skipped.items())
-        raise ValueError(f"model has no nn.Linear or nn.Conv2d that can be sparse{why}")
-    return layers
-
-
-def _bias_key(name: str) -> str:
-    # No module has this name: it is a parameter's.
-    return f"{name}.bias"
-
-
-def _patterns(
-    masks: dict[str, Tensor],
-    layers: dict[str, nn.Linear | nn.Conv2d],
-    pairs: dict[str, Blocksize],
-    sparsity: float,
-    drop_bias: frozenset[str] = frozenset(),
-) -> Patterns:
-    patterns = {}
-    for name, layer in layers.items():
-        rows, columns = weight_matrix(layer.weight).shape
-        patterns[name] = BlockPattern.from_mask(masks[name], pairs[name], (rows, columns))
-    result = Patterns(patterns, sparsity, drop_bias)
-    log.info("%s", result.summary())
-    return result

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from sparsekern.pattern import BlockPattern
+from ..pattern import BlockPattern
+
+if TYPE_CHECKING:
+    from .by_time import InTime
 
 
 class Patterns(dict[str, BlockPattern]):
@@ -14,6 +18,7 @@ class Patterns(dict[str, BlockPattern]):
     Attributes:
         requested: the sparsity asked for, or None where none was.
         drop_bias: names of the layers that are to be built without their bias.
+        in_time: what was predicted and measured, where a speed-up was asked for; else None.
     """
 
     def __init__(
@@ -25,6 +30,7 @@ class Patterns(dict[str, BlockPattern]):
         super().__init__(patterns)
         self.requested = requested
         self.drop_bias = drop_bias
+        self.in_time: InTime | None = None
 
     @property
     def achieved(self) -> float:
