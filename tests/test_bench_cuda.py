@@ -212,3 +212,45 @@ def test_the_tuning_table_is_refreshed(monkeypatch: pytest.MonkeyPatch, tmp_path
     finally:
         tuning._table.cache_clear()
         tuning.choose_config.cache_clear()
+
+
+ENTRY = {
+    "product": "forward", "blocksize": [16, 16], "group": 4, "kind": "float16", "arch": 80, "tokens": [1, 32],
+    "config": {"tile_t": 64, "tile_k": 64, "warps": 4, "stages": 2, "order": 8}, "source": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, None),
+        ({"config": {**ENTRY["config"], "tile_k": 128}}, "tile_k 16 to 64"),
+        ({"blocksize": [16, 128], "config": {**ENTRY["config"], "tile_k": 128}}, None),
+        ({"product": "dgrad", "blocksize": [16, 128], "config": {**ENTRY["config"], "tile_k": 128}}, "tile_k 16 to 64"),
+        *[
+            ({"config": {**ENTRY["config"], **wrong}}, words)
+            for wrong, words in (
+                ({"order": 0}, "at least 1"), ({"order": -1}, "at least 1"), ({"tile_t": 48}, "powers of two"),
+                ({"tile_t": "64"}, "whole numbers"), ({"tile_t": 8}, "tile_t from 16"), ({"warps": 64}, "up to 32"),
+                ({"stages": 0}, "at least 1"), ({"speed": 1}, "TypeError"),
+            )
+        ],
+        ({"config": None}, "TypeError"),
+        ({"tokens": None}, "TypeError"),
+        ({"tokens": [5, 4]}, "tokens, got"),
+        ({"product": "backward"}, "product, got"),
+        ({"kind": "float8"}, "kind, got"),
+        ({"blocksize": [8, 8]}, "blocksize"),
+    ],
+)  # fmt: skip
+def test_entries_that_no_kernel_can_run_with_are_named(
+    changes: dict[str, object], words: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = tmp_path / "tuning.json"
+    table.write_text(json.dumps({"entries": [ENTRY, ENTRY | changes]}))
+    monkeypatch.setattr(tuning, "TABLE", table)
+    if words is None:
+        assert len(tuning._table.__wrapped__()) == 2
+    else:
+        with pytest.raises(ValueError, match=rf"tuning\.json, entry 1: .*{words}"):
+            tuning._table.__wrapped__()

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 
 from . import model
+from .plan import SIDES
 
 OLDEST = (3, 6)  # what torch 2.10 brings
-SIDES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

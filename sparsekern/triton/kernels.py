@@ -149,11 +149,12 @@ def add_parts(
     TILE_N: tl.constexpr, ACTIVATION: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the rows of tiles that several units computed: one program per row and TILE_T tokens."""
-    record = plan + reductions_at + tl.program_id(0) * 3
+    tiles = tl.cdiv(tokens, TILE_T)
+    record = plan + reductions_at + tl.program_id(0) // tiles * 3
     row, slot, number = tl.load(record), tl.load(record + 1), tl.load(record + 2)
     if row < 0:
         return
-    t = tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
+    t = tl.program_id(0) % tiles * TILE_T + tl.arange(0, TILE_T)
     n = tl.arange(0, TILE_N)
     acc = tl.zeros((TILE_T, TILE_N), tl.float32)
     for part in range(number):

@@ -148,7 +148,8 @@ def _gather(
         )  # fmt: skip
         if todo.reductions:
             tile_t = 16
-            kernels.add_parts[(todo.reductions, triton.cdiv(tokens, tile_t))](
+            # In one dimension: the second of a grid ends at 65,535.
+            kernels.add_parts[(todo.reductions * triton.cdiv(tokens, tile_t),)](
                 partial, bias, residual, y, plan, tokens, rows, *residual_strides, todo.reductions_at,
                 TILE_N=tile_n, ACTIVATION=activation, TILE_T=tile_t,
             )  # fmt: skip

@@ -38,6 +38,7 @@ from ..pattern import BlockPattern
 Product = Literal["forward", "dgrad", "wgrad"]
 Ints = npt.NDArray[np.int64]
 
+SIDES = (16, 32, 64, 128)  # of blocks
 STEP = 64  # columns of X in a step of the kernels, at most: row lists are padded to whole steps
 TILE = 128  # columns of output in a tile, at most
 LONG = 2  # times the mean: rows longer than that are cut ...

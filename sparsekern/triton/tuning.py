@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from .plan import Product
+from .plan import SIDES, STEP, Product
 
 Kind = Literal["float16", "bfloat16", "tf32", "float32"]
 
@@ -103,5 +103,34 @@ def _power_of_two(n: int) -> int:
 
 @lru_cache(maxsize=1)
 def _table() -> list[dict[str, Any]]:
+    """The entries of ``tuning.json``; a ValueError names the one that no kernel can run with, or run rightly."""
     entries: list[dict[str, Any]] = json.loads(TABLE.read_text())["entries"]
+    for number, entry in enumerate(entries):
+        try:
+            _check(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{TABLE}, entry {number}: {type(error).__name__}: {error}") from error
     return entries
+
+
+def _check(entry: dict[str, Any]) -> None:
+    (first, last), config = entry["tokens"], Config(**entry["config"])
+    height, width = entry["blocksize"]
+    # Lists of blocks are padded to whole steps of STEP columns; a longer step would leave their ends out.
+    longest = max(STEP, height if entry["product"] == "dgrad" else width)
+    numbers = all(type(n) is int and n >= 1 for n in (*config, entry["group"]))
+    rules = {
+        "product": entry["product"] in get_args(Product),
+        "kind": entry["kind"] in get_args(Kind),
+        "blocksize": height in SIDES and width in SIDES,
+        "tokens": 0 <= first <= last,
+        "group and config: whole numbers of at least 1": numbers,
+        "config: tile_t, tile_k and warps are powers of two, tile_t from 16, warps up to 32": numbers
+        and all(n & (n - 1) == 0 for n in (config.tile_t, config.tile_k, config.warps))
+        and config.tile_t >= 16
+        and config.warps <= 32,
+        f"config: tile_k 16 to {longest}": entry["product"] == "wgrad" or (numbers and 16 <= config.tile_k <= longest),
+    }
+    for rule_, holds in rules.items():
+        if not holds:
+            raise ValueError(f"{rule_}, got {entry}")

@@ -20,6 +20,10 @@ TILES = (
 )
 COMMIT, JOIN = "wgmma.commit_group.sync.aligned;\n", "wgmma.wait_group.sync.aligned 0;\n"
 FENCE = "wgmma.fence.sync.aligned;\n"
+# A word that thread 0 set to 0 in two ways, for atomics of two warps.
+ZEROED = A + "setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.b32 [%r2], 0; bar.sync 0;\n"
+COUNTER = ZEROED + "red.shared.add.u32 [%r2], 1;\n"
+SECOND = "setp.gt.u32 %p2, %r0, 31; @%p2 "  # what warp 1 does
 
 REFUSED = {
     # name: (body, message, threads)
@@ -43,6 +47,32 @@ REFUSED = {
     ),
     "atomic out of bounds": ("red.global.add.u32 [%d0+16384], 1;", "global atomic out of bounds", 32),
     "shared out of bounds": (A + "st.shared.b32 [%r3+4096], %r0;", "shared store out of bounds at 0x1000", 32),
+    "atomic, then a load by the last warp": (COUNTER + SECOND + "ld.shared.b32 %r5, [%r2];", "race: load reads", 64),
+    "atomic, then a store by the last warp": (
+        COUNTER + SECOND + "st.shared.b32 [%r2], 5;",
+        "race: store overwrites what another warp wrote",
+        64,
+    ),
+    "loads, then an atomic of one warp": (
+        ZEROED + "ld.shared.b32 %r5, [%r2]; bar.warp.sync -1;\n" + SECOND + "red.shared.add.u32 [%r2], 1;",
+        "race: atomic overwrites what another warp reads",
+        64,
+    ),
+    "atomic after a store without a barrier": (
+        A + "setp.lt.u32 %p1, %r0, 32; @%p1 st.shared.b32 [%r2], 0;\n" + SECOND + "red.shared.add.u32 [%r2], 1;",
+        "race: atomic overwrites what another warp wrote",
+        64,
+    ),
+    "the same value by two warps, then another": (
+        A + "st.shared.b32 [%r2], 5;\n" + SECOND + "st.shared.b32 [%r2], 6;",
+        "race: store overwrites what another warp wrote",
+        64,
+    ),
+    "the same value by two warps, then read": (
+        A + "st.shared.b32 [%r2], 5;\n" + SECOND + "ld.shared.b32 %r5, [%r2];",
+        "race: load reads",
+        64,
+    ),
     "misaligned shared": (A + "st.shared.b64 [%r2+4], %d0;", "misaligned 8-byte shared store", 32),
     "misaligned ldmatrix": (
         A + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r3];",
@@ -209,6 +239,33 @@ def test_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emulator.machine.STEPS", 10_000)
     with pytest.raises(EmulatorError, match=message):
         run(body, [np.zeros(4096, np.uint32)], block=threads, shared=4096)
+
+
+def test_atomics_of_several_warps_are_accepted() -> None:
+    found = np.zeros(64, np.uint32)
+    body = COUNTER + "bar.sync 0; ld.shared.b32 %r5, [%r2]; mad.wide.u32 %d5, %r0, 4, %d0; st.global.b32 [%d5], %r5;"
+    run(body, [found], block=64, shared=16)
+    assert (found == 64).all()
+
+
+@pytest.mark.parametrize("distance", [256, 512, 768, 1024, 65536, -512])
+def test_an_argument_is_not_reached_from_its_neighbour(distance: int) -> None:
+    storage = np.zeros(4096, np.uint32)
+    for arrays in ([storage[:64], storage[128:192]], [storage[128:192], storage[:64]]):
+        with pytest.raises(EmulatorError, match="global store out of bounds"):
+            run(f"mad.wide.u32 %d5, %r0, 4, %d0; st.global.b32 [%d5+{distance}], %r0;", arrays)
+        assert not storage.any()
+
+
+def test_shared_memory_ends_where_it_was_declared() -> None:
+    with pytest.raises(EmulatorError, match="shared store out of bounds at 0x8 of 0x8"):
+        run("mov.u32 %r2, smem; setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.b32 [%r2+8], 7;", shared=8)
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536), (2**31,), (0,)])
+def test_grids_that_cannot_be_launched(grid: tuple[int, ...]) -> None:
+    with pytest.raises(EmulatorError, match="can be launched"):
+        launch(kernel("mov.u32 %r2, %r0;"), grid, (32,), [])
 
 
 def test_the_correct_wgmma_is_accepted() -> None:

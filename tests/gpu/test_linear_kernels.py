@@ -1,6 +1,7 @@
 """The Triton kernels of the linear products against float64, on emulated GPUs (or a real one)."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import needs_triton  # noqa: F401 -- first: skips where there is no Triton
@@ -8,12 +9,13 @@ import pytest
 import torch
 import triton_driver
 from emulator import Pointer
-from linear_cases import MACHINES, PRODUCTS, REAL, Case, check, make_problem, on, run
+from linear_cases import MACHINES, PRODUCTS, REAL, Case, check, emulated, make_problem, on, run
 from pairwise import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
 from sparsekern.pattern import BlockPattern
+from sparsekern.triton import linear
 from sparsekern.triton.plan import Product, launch, make_plan
 from sparsekern.triton.tuning import Kind, choose_config
 
@@ -215,3 +217,31 @@ def test_configurations_follow_from_arguments_and_fit() -> None:
                     assert buffers >= 2 and buffers * stage <= 1024 * shared
                     assert config.tile_t < 2 * max(tokens, 16)
                     assert config.tile_k * size == 128
+
+
+@pytest.mark.skipif(REAL, reason="the tensors of these launches are never made")
+def test_grids_can_be_launched_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second and third dimension of a grid end at 65,535, the first at 2**31 - 1."""
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **keywords: grids.update({self.name: grid})
+
+    names = ("gather", "add_parts", "sampled", "sum_tokens", "add_chunks")
+    monkeypatch.setattr(linear, "kernels", SimpleNamespace(**{name: Recorder(name) for name in names}))
+    mask = torch.zeros(5, 128, dtype=torch.bool)
+    mask[:, 3] = mask[1] = True  # one row long enough to be cut
+    pattern = BlockPattern.from_mask(mask, (16, 16), (70, 2048))
+    x, grad = torch.zeros(1, 2048).half().expand(2**21, 2048), torch.zeros(1, 70).half().expand(2**21, 70)
+    values = torch.zeros(pattern.values_shape).half()
+    indices = pattern.crow_indices, pattern.col_indices
+    with emulated(80):
+        linear.linear(x, values, None, *indices, make_plan(pattern, "forward"), 70, False)
+        linear.linear_wgrad(grad, x, *indices, make_plan(pattern, "wgrad"), (16, 16), True, False)
+    assert set(grids) == set(names)
+    for name, grid in grids.items():
+        assert max(grid[1:], default=1) <= 65_535 and grid[0] < 2**31, (name, grid)

@@ -13,13 +13,15 @@ Raised as EmulatorError, with PTX line and CTA: accesses out of bounds or misali
 uninitialised or that an asynchronous copy has yet to fill; races between warps (vector clocks: clocks.py); ordinary
 writes that reach wgmma or TMA without a proxy fence; writes to what an unfinished wgmma or TMA store reads; wgmma
 registers touched too early or without a wgmma.fence; barriers, collectives and matrix instructions not reached by all
-their threads; deadlocks; too many arrivals at an mbarrier; reads of registers never written; whatever is not modelled
+their threads; deadlocks; too many arrivals at an mbarrier; registers that a thread reads but, on its way
+through the branches, never wrote; whatever is not modelled
 (clusters and multicast, tcgen05, fp8 and integer matrix instructions, local and generic memory, calls, device-side
 tensor maps, ...).
 
-Not modelled, silently: races in global memory and the memory order between CTAs; races within a warp; rounding inside
+Not modelled, silently: races in global memory and the memory order between CTAs; races within a warp, also of a
+copy with later stores of its own thread; what threads read that a predicate kept from writing; rounding inside
 tensor cores (products are exact, sums are float32 in some order); approximate functions (.approx) are correctly
-rounded; caches; register counts and other launch limits; time.
+rounded; caches; register counts; time.
 """
 
 from .counters import Counters

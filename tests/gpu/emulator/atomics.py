@@ -14,7 +14,6 @@ from .lanes import Lanes
 from .memory import HINTS, count_banks, space
 from .operands import Builder, Step, instruction
 from .parser import Instruction, vector
-from .shared_memory import ATOMIC
 from .warp import REDUCE
 
 if TYPE_CHECKING:
@@ -105,17 +104,10 @@ def numbers(bits: np.ndarray, type: str) -> np.ndarray:
 
 
 def shared_atomic(m: Machine, lanes: Lanes, at: np.ndarray, size: int, apply: Apply) -> np.ndarray:
-    """Atomics of different warps do not race with each other: the cells count as written by the last one."""
     count_banks(m, lanes, at, size)
     located = m.shared.locate(at, size, lanes.flat_warps, "atomic")
-    cells = m.shared.cells(located, size)
-    ordinary = np.flatnonzero((m.shared.state[cells] & ATOMIC == 0).any(-1))
-    m.shared.check_read(cells[ordinary], lanes.flat_warps[ordinary], "atomic")
-    m.shared.check_write(cells[ordinary], lanes.flat_warps[ordinary], "atomic")
-    old = apply(m, lanes, m.shared.view(size), located // size)
-    m.shared.note_write(cells, lanes.flat_warps)
-    m.shared.state[cells] |= ATOMIC
-    return old
+    m.shared.atomic(m.shared.cells(located, size), lanes.flat_warps)
+    return apply(m, lanes, m.shared.view(size), located // size)
 
 
 def vector_atomic(b: Builder, i: Instruction, type: str) -> Step:

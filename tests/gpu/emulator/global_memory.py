@@ -1,4 +1,8 @@
-"""Global memory of a launch: the storages behind the arguments, copied into one arena with gaps between them."""
+"""Global memory of a launch: the storages behind the arguments, copied into one arena.
+
+Each storage has a window of addresses of its own, far from those of others: a wrong stride or offset never lands in
+another argument.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from .formats import UNSIGNED
 from .lanes import Lanes
 
 BASE = 1 << 40  # no valid pointer fits 32 bits: truncated pointers are found
+WINDOW_BITS = 36
 GAP = 256
 
 
@@ -65,6 +70,8 @@ class GlobalMemory:
                 self.clusters.append((start, stop, size))
             first, last, at = self.clusters[-1]
             size = at + (last - first + 2 * GAP - 1) // GAP * GAP
+        self.starts = np.array([at for _, _, at in self.clusters] or [0])
+        self.spans = np.array([last - first for first, last, _ in self.clusters] or [0])
         self.bytes = np.zeros(size + GAP, np.uint8)
         self.valid = np.zeros(len(self.bytes), np.uint8)  # 1 where an access is allowed
         self.loaded = np.zeros(len(self.bytes), np.uint8)
@@ -76,8 +83,15 @@ class GlobalMemory:
             self.valid[at : at + array.nbytes] = 1
 
     def offset(self, array: np.ndarray) -> int:
+        """Where an argument begins in the arena."""
         start = start_of(array)
         return next(at + start - first for first, _, at in reversed(self.clusters) if first <= start)
+
+    def address(self, array: np.ndarray) -> int:
+        """The pointer that the kernel gets for it."""
+        start = start_of(array)
+        number, first = next((n, c[0]) for n, c in reversed(list(enumerate(self.clusters))) if c[0] <= start)
+        return BASE + (number << WINDOW_BITS) + start - first
 
     def finish(self) -> None:
         """Copy what was stored back, and count."""
@@ -95,8 +109,16 @@ class GlobalMemory:
 
     def locate(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
         """Device addresses -> arena offsets, bounds and alignment checked."""
-        at = address - BASE
-        require(at % size == 0, f"misaligned {size}-byte global {what}")
+        relative = address.astype(np.int64) - BASE
+        require(relative % size == 0, f"misaligned {size}-byte global {what}")
+        window = relative >> WINDOW_BITS
+        require((window >= 0) & (window < len(self.starts)), f"global {what} out of bounds")
+        inside = relative & ((1 << WINDOW_BITS) - 1)
+        require(inside <= self.spans[window] - size, f"global {what} out of bounds")
+        return self.check(self.starts[window] + inside, size, what)
+
+    def check(self, at: np.ndarray, size: int, what: str) -> np.ndarray:
+        """Raise unless these places of the arena may be accessed."""
         require((at >= 0) & (at <= len(self.bytes) - size), f"global {what} out of bounds")
         allowed = rows(self.valid, size)[at // size]
         full = ONES[size] if size in ONES else ONES[4]

@@ -13,7 +13,7 @@ from .clocks import Clocks
 from .counters import Counters
 from .errors import EmulatorError
 from .formats import UNSIGNED
-from .global_memory import BASE, GlobalMemory, Pointer, TensorMap
+from .global_memory import GlobalMemory, Pointer, TensorMap
 from .lanes import WARP, Lanes, merge
 from .operands import SPECIAL, Builder, Compiled, Step, compile_kernel, instruction
 from .parser import Instruction, Kernel
@@ -21,6 +21,7 @@ from .shared_memory import SharedMemory
 
 THREADS_PER_BATCH = 8192
 MAPS = 0x7F000000  # where the addresses of by-value tensor maps begin
+GRID = (2**31 - 1, 65_535, 65_535)  # compute capabilities, technical specifications
 STEPS = 30_000_000  # of one batch, then it counts as hanging
 
 
@@ -179,6 +180,9 @@ class Launch:
         self.kernel = kernel
         self.grid, self.block = _three(grid), _three(block)
         self.threads = math.prod(self.block)
+        for axis, extent, most in zip("xyz", self.grid, GRID, strict=True):
+            if not 0 < extent <= most:
+                raise EmulatorError(f"grid of {extent} in {axis}: 1 to {most} can be launched")
         if self.threads % WARP or not 0 < self.threads <= 1024:
             raise EmulatorError(f"block of {self.threads} threads: a multiple of 32 up to 1024 is modelled")
         if kernel.required_block and math.prod(kernel.required_block) != self.threads:
@@ -217,9 +221,9 @@ class Launch:
                 self.symbols[parameter.name] = MAPS + len(self.maps)
                 self.maps.append((arg, self.globals.offset(arg.array) + arg.offset))
             elif isinstance(arg, np.ndarray):
-                self.parameters[parameter.name] = BASE + self.globals.offset(arg)
+                self.parameters[parameter.name] = self.globals.address(arg)
             elif isinstance(arg, Pointer):
-                self.parameters[parameter.name] = BASE + self.globals.offset(arg.storage) + arg.offset
+                self.parameters[parameter.name] = self.globals.address(arg.storage) + arg.offset
             elif isinstance(arg, int | float | np.integer | np.floating):
                 self.parameters[parameter.name] = arg.item() if isinstance(arg, np.generic) else arg
             else:

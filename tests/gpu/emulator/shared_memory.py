@@ -2,7 +2,8 @@
 
 A cell is as wide as the narrowest access of the kernel (accesses are aligned, so nothing is lost). Per cell: whether
 it was written, whether an asynchronous copy to it is under way, how many asynchronous reads of it are, who wrote it
-last and when, and when each warp last read it. Two accesses of which one writes must be ordered by barriers
+last and when, and when each warp last read it; where that happens, also when each warp wrote the same as others did in
+one instruction, and when it last made an atomic access. Two accesses of which one writes must be ordered by barriers
 (clocks.py). Threads of one warp count as ordered among themselves: a missing bar.warp.sync is not found.
 """
 
@@ -12,15 +13,14 @@ from .clocks import Clocks
 from .errors import EmulatorError, require
 from .formats import UNSIGNED
 
-# State of a cell. PROXY: written by the asynchronous proxy; ATOMIC: by an atomic instruction; BARRIER: an mbarrier
-# object.
-WRITTEN, PROXY, ATOMIC, PENDING, BARRIER = 1, 2, 4, 8, 16
+# State of a cell. PROXY: written by the asynchronous proxy; BARRIER: an mbarrier object.
+WRITTEN, PROXY, PENDING, BARRIER = 1, 2, 4, 8
 COLUMN_BITS = 6  # of a writer's stamp: time << COLUMN_BITS | column
 
 
 class SharedMemory:
     def __init__(self, ctas: int, size: int, cell: int, clocks: Clocks) -> None:
-        self.size = (size + 15) // 16 * 16
+        self.limit, self.size = size, (size + 15) // 16 * 16  # what may be accessed, and the distance between CTAs
         self.cell = cell
         self.clocks = clocks
         self.bytes = np.full(max(16, ctas * self.size), 0xFF, np.uint8)
@@ -29,6 +29,9 @@ class SharedMemory:
         self.reading = np.zeros(cells, np.int16)
         self.writer = np.zeros(cells, np.int32)
         self.read_time = np.zeros((cells, clocks.per_cta), np.int32)
+        # Made by the first such access; most kernels have none.
+        self.shared_write_time: np.ndarray | None = None
+        self.atomic_time: np.ndarray | None = None
 
     def view(self, size: int) -> np.ndarray:
         """The bytes as words of 1 to 8 bytes, or as rows of four 32-bit words for 16."""
@@ -40,9 +43,11 @@ class SharedMemory:
             raise EmulatorError(
                 f"misaligned {size}-byte shared {what} at {hex_of(address, address & (size - 1))}", address % size != 0
             )
-        outside = (address < 0) | (address > self.size - size)
+        outside = (address < 0) | (address > self.limit - size)
         if outside.any():
-            raise EmulatorError(f"shared {what} out of bounds at {hex_of(address, outside)} of {self.size:#x}", outside)
+            raise EmulatorError(
+                f"shared {what} out of bounds at {hex_of(address, outside)} of {self.limit:#x}", outside
+            )
         return address + warps // self.clocks.per_cta * self.size
 
     def cells(self, located: np.ndarray, size: int) -> np.ndarray:
@@ -52,6 +57,25 @@ class SharedMemory:
 
     def check_read(self, cells: np.ndarray, warps: np.ndarray, what: str, asynchronous: bool = False) -> None:
         """Raise unless the cells hold data that `warps` may read. Asynchronous readers register separately."""
+        state = self.check_data(cells, what)
+        column, time = self.stamp(cells)
+        known = self.clocks.knows(self.clocks.seen, warps[:, None], column, time)
+        require(known, race(what, "reads", "wrote"))
+        for times in (self.shared_write_time, self.atomic_time):
+            self.check_times(times, cells, warps, f"race: {what} reads what another warp wrote, no barrier in between")
+        if asynchronous:
+            unfenced, ordinary = (
+                f"{what} reads an ordinary write without a fence.proxy.async in between",
+                state & PROXY == 0,
+            )
+            require(self.clocks.knows(self.clocks.proxied, warps[:, None], column, time) | ~ordinary, unfenced)
+            for times in (self.shared_write_time, self.atomic_time):
+                self.check_times(times, cells, warps, unfenced, self.clocks.proxied, ordinary)
+        else:
+            self.note_read(cells, warps[:, None])
+
+    def check_data(self, cells: np.ndarray, what: str) -> np.ndarray:
+        """The states of cells that hold data."""
         state = self.state[cells]
         if ((state & (WRITTEN | PENDING | BARRIER)) != WRITTEN).any():
             require(
@@ -59,17 +83,23 @@ class SharedMemory:
             )
             require(state & BARRIER == 0, f"{what} reads an mbarrier object as data")
             raise EmulatorError(f"{what} reads uninitialised shared memory", state & WRITTEN == 0)
-        column, time = self.stamp(cells)
-        warps = warps[:, None]
-        known = self.clocks.knows(self.clocks.seen, warps, column, time)
-        require(known, f"race: {what} reads what another warp wrote, no barrier in between")
-        if asynchronous:
-            known = self.clocks.knows(self.clocks.proxied, warps, column, time)
-            require(
-                known | (state & PROXY != 0), f"{what} reads an ordinary write without a fence.proxy.async in between"
-            )
-        else:
-            self.note_read(cells, warps)
+        return state
+
+    def check_times(
+        self,
+        times: np.ndarray | None,
+        cells: np.ndarray,
+        warps: np.ndarray,
+        message: str,
+        table: np.ndarray | None = None,
+        of: np.ndarray | None = None,
+    ) -> None:
+        """Raise unless each warp knows what all warps of its CTA did at those times to the cells (those marked)."""
+        if times is not None:
+            known = (self.clocks.seen if table is None else table)[warps][:, None, : self.clocks.per_cta]
+            late = (times[cells] > known).any(-1)
+            if late.any():
+                require(~late if of is None else ~(late & of), message)
 
     def note_read(self, cells: np.ndarray, warps: np.ndarray) -> None:
         clocks = self.clocks
@@ -84,13 +114,30 @@ class SharedMemory:
         require(self.reading[cells] == 0, f"{what} overwrites what an unfinished asynchronous operation reads")
         warps = warps[:, None]
         known = self.clocks.knows(self.clocks.seen, warps, *self.stamp(cells))
-        require(known, f"race: {what} overwrites what another warp wrote, no barrier in between")
+        require(known, race(what, "overwrites", "wrote"))
+        warps = warps[:, 0]
+        for times in (self.shared_write_time, self.atomic_time):
+            self.check_times(
+                times, cells, warps, f"race: {what} overwrites what another warp wrote, no barrier in between"
+            )
         if self.clocks.per_cta > 1:
-            late = self.read_time[cells] > self.clocks.seen[warps, : self.clocks.per_cta]
-            if late.any():
-                raise EmulatorError(
-                    f"race: {what} overwrites what another warp reads, no barrier in between", late.any(-1)
-                )
+            self.check_times(self.read_time, cells, warps, race(what, "overwrites", "reads"))
+
+    def atomic(self, cells: np.ndarray, warps: np.ndarray) -> None:
+        """Check and note atomic accesses, which do not race with each other, but with all others."""
+        self.check_data(cells, "atomic")
+        require(self.reading[cells] == 0, "atomic overwrites what an unfinished asynchronous operation reads")
+        known = self.clocks.knows(self.clocks.seen, warps[:, None], *self.stamp(cells))
+        wrote, reads = (
+            f"race: atomic overwrites what another warp {did}, no barrier in between" for did in ("wrote", "reads")
+        )
+        require(known, wrote)
+        self.check_times(self.shared_write_time, cells, warps, wrote)
+        self.check_times(self.read_time, cells, warps, reads)
+        if self.atomic_time is None:
+            self.atomic_time = np.zeros_like(self.read_time)
+        self.state[cells] = WRITTEN
+        self.atomic_time[cells, self.clocks.column[warps][:, None]] = self.clocks.own[warps][:, None]
 
     def note_write(self, cells: np.ndarray, warps: np.ndarray) -> np.ndarray:
         """Returns which accesses share a cell with another warp's access of the same instruction."""
@@ -98,7 +145,13 @@ class SharedMemory:
         stamp = (clocks.own[warps] << COLUMN_BITS | clocks.column[warps])[:, None]
         self.state[cells] = WRITTEN
         self.writer[cells] = stamp
-        return (self.writer[cells] != stamp).any(-1)
+        shared = (self.writer[cells] != stamp).any(-1)
+        if shared.any():  # the stamp is of one of them: the others are noted here
+            if self.shared_write_time is None:
+                self.shared_write_time = np.zeros_like(self.read_time)
+            who = warps[shared][:, None]
+            self.shared_write_time[cells[shared], clocks.column[who]] = clocks.own[who]
+        return shared
 
     def write(
         self, located: np.ndarray, size: int, warps: np.ndarray, words: np.ndarray, what: str, landing: bool = False
@@ -122,6 +175,10 @@ class SharedMemory:
     def stamp(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         stamp = self.writer[cells]
         return stamp & ((1 << COLUMN_BITS) - 1), stamp >> COLUMN_BITS
+
+
+def race(what: str, does: str, did: str) -> str:
+    return f"race: {what} {does} what another warp {did}, no barrier in between"
 
 
 def hex_of(address: np.ndarray, bad: np.ndarray) -> str:

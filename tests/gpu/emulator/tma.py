@@ -9,7 +9,7 @@ import numpy as np
 
 from .barriers import uniform
 from .errors import EmulatorError
-from .global_memory import BASE, TensorMap
+from .global_memory import TensorMap
 from .lanes import Lanes
 from .operands import Builder, Step
 from .parser import Instruction
@@ -89,7 +89,7 @@ class Access:
         tensor, base = m.maps[number]
         if len(corners) != len(tensor.dims):
             raise EmulatorError(f"{len(corners)} coordinates for a tensor map of {len(tensor.dims)} dimensions")
-        if (base + BASE) % 16:
+        if base % 16:
             raise EmulatorError("tensor map: the tensor is not 16-byte aligned")
         at = np.stack([lanes.spread(c).astype(np.int64) for c in corners], 1)
         aligned = not (at[:, 0] * tensor.element_size % 16).any() and tensor.dims[0] * tensor.element_size % 16 == 0
@@ -107,7 +107,7 @@ class Access:
         self.place = place + (warps // m.warps_per_cta * m.shared.size)[:, None]
         self.source = np.where(self.inside, base + offset, base)
         if self.inside.any():
-            m.globals.locate(self.source[self.inside] + BASE, self.piece, "TMA")
+            m.globals.check(self.source[self.inside], self.piece, "TMA")
         self.cells = (shared + warps // m.warps_per_cta * m.shared.size)[:, None] // m.shared.cell + np.arange(
             box.size // m.shared.cell
         )

@@ -231,8 +231,8 @@ def tile(
     start = (descriptors & np.uint64(0x3FFF)).astype(np.int64) << 4
     address = start[:, None] + relative.reshape(-1)
     address = address ^ ((address >> 7 & XOR[swizzle]) << 4)
-    if (address > m.shared.size - 16).any():
-        raise EmulatorError(f"wgmma descriptor reaches beyond the {m.shared.size:#x} bytes of shared memory")
+    if (address > m.shared.limit - 16).any():
+        raise EmulatorError(f"wgmma descriptor reaches beyond the {m.shared.limit:#x} bytes of shared memory")
     located = address + (groups * GROUP // m.warps_per_cta * m.shared.size)[:, None]
     cells = located // m.shared.cell
     if m.shared.cell < 16:
