@@ -4,8 +4,8 @@ Source: Lee, Ajanthan, Gould & Torr, "A signal propagation perspective for pruni
 ICLR 2020.
 """
 
-from sparsekern.isometry.approximate import Report, approximate_isometry_, orthogonality_score
+from sparsekern.isometry.approximate import Mode, Report, approximate_isometry_, orthogonality_score
 from sparsekern.isometry.jacobian import jacobian_singular_values
 from sparsekern.isometry.orthogonal import orthogonal_
 
-__all__ = ["Report", "approximate_isometry_", "jacobian_singular_values", "orthogonal_", "orthogonality_score"]
+__all__ = ["Mode", "Report", "approximate_isometry_", "jacobian_singular_values", "orthogonal_", "orthogonality_score"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,11 @@ from sparsekern.weights import weight_from_matrix, weight_matrix
 
 Layer = nn.Linear | nn.Conv2d | SparseLinear | SparseConv2d
 
-# Steps between two looks at the stop: one step says little near the floor, where the iterates chatter.
-WINDOW = 100
+Mode = Literal["fast", "paper"]
+
+# Steps between two looks at the stop, and the fraction by which they have to lower the norm for more to be taken.
+WINDOW, ENOUGH = 25, 1e-3
+STEPS: dict[Mode, int] = {"fast": 500, "paper": 10_000}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Report:
 
     Attributes:
         before, after: the orthogonality score, see :func:`orthogonality_score`.
-        steps: {module name: steps taken}.
+        steps: {module name: steps taken}, of L-BFGS or of gradient descent.
     """
 
     before: float
@@ -39,39 +43,41 @@ def approximate_isometry_(
     model: nn.Module,
     patterns: Mapping[str, BlockPattern] | None = None,
     *,
+    mode: Mode = "fast",
+    steps: int | None = None,
     lr: float = 0.1,
-    steps: int = 10_000,
-    tolerance: float | None = None,
 ) -> Report:
-    """Minimise the sum over layers of ‖A Aᵀ − I‖_F over the kept weights A = C⊙W, in place, by gradient descent.
+    """Minimise the sum over layers of ‖A Aᵀ − I‖_F over the kept weights A = C⊙W, in place.
 
     A is [outputs, inputs] in torch's layout, a conv weight flattened to [C_out, C_in*kh*kw], so A Aᵀ is the authors'
-    (C⊙W)ᵀ(C⊙W); with groups each group has its own. The norm is not squared, there is no momentum and no data. No layer
-    depends on another, biases do not move, and neither do weights outside the patterns.
+    (C⊙W)ᵀ(C⊙W); with groups each group has its own. No data are needed. No layer depends on another, biases do not
+    move, and neither do weights outside the patterns.
 
-    A step costs two dense products, 4*min(m, n)²*max(m, n) operations for an m x n layer. For LeNet-300-100 on two CPU
-    cores 10,000 steps take about half a minute; ``tolerance=1e-3`` ends as low in about a sixth of that.
+    "paper" is gradient descent on the norm, not squared, without momentum and without a stop. "fast" is L-BFGS on its
+    square, until 25 steps lower the norm by less than a thousandth; it ends lower, in a small fraction of the time. A
+    step of either costs two dense products, 4*min(m, n)²*max(m, n) operations for an m x n layer.
 
     Source: SPP (ICLR 2020), section 5, equation 9; the authors take lr 0.1 and 10,000 steps.
 
     Args:
         model: a model with sparse layers, or a dense one and the patterns it will get.
         patterns: {module name: BlockPattern} of dense layers; None means the sparse layers of the model.
-        lr: step size of plain gradient descent.
-        steps: most steps for a layer.
-        tolerance: stop a layer when 100 steps lower its norm by less than this fraction; None never stops.
+        mode: "fast" or "paper".
+        steps: most steps for a layer; by default 500 ("fast") or the authors' 10,000 ("paper").
+        lr: step size of the gradient descent; "fast" has none.
 
     Raises:
         TypeError: a pattern that is no BlockPattern.
         ValueError: an argument out of range, nothing to work on, a pattern that does not fit its layer, weights that
             are not finite or do not stay so. Nothing has changed then.
     """
+    if mode not in STEPS:
+        raise ValueError(f"mode must be one of {tuple(STEPS)}, got {mode!r}")
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
+    steps = STEPS[mode] if steps is None else steps
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, or None, got {tolerance}")
     layers = _layers(model, patterns)
     if patterns is None and all(isinstance(layer, nn.Linear | nn.Conv2d) for layer, _ in layers.values()):
         raise ValueError("patterns must be given for a model without sparse layers")
@@ -83,7 +89,10 @@ def approximate_isometry_(
             raise ValueError(f"layer {name!r} has weights that are not finite")
         groups = _groups(layer)
         before += _norm(matrix, groups)
-        matrix, taken[name] = _descend(matrix, mask, groups, lr, steps, tolerance)
+        if mode == "fast":
+            matrix, taken[name] = _lbfgs(matrix, mask, groups, steps)
+        else:
+            matrix, taken[name] = _descend(matrix, mask, groups, lr, steps), steps
         if not bool(matrix.isfinite().all()):
             raise ValueError(f"layer {name!r} does not stay finite with lr={lr}: lower it")
         after += _norm(matrix, groups)
@@ -173,22 +182,51 @@ def _norm(matrix: Tensor, groups: int) -> float:
     return float(_residual(_by_group(matrix, groups))[1])
 
 
-def _descend(
-    matrix: Tensor, mask: Tensor, groups: int, lr: float, steps: int, tolerance: float | None
-) -> tuple[Tensor, int]:
-    """Gradient descent on the norm from ``matrix`` (kept), and the number of steps taken."""
+def _descend(matrix: Tensor, mask: Tensor, groups: int, lr: float, steps: int) -> Tensor:
+    """``steps`` steps of gradient descent on the norm from ``matrix`` (kept)."""
     weights, kept = _by_group(matrix.clone(), groups), _by_group(mask, groups)
     tiny = torch.finfo(matrix.dtype).tiny
-    last = math.inf
-    for step in range(steps):
-        residual, norm = _residual(weights)
-        if step % WINDOW == 0:
-            now = float(norm)
-            if now == 0 or not math.isfinite(now) or (tolerance is not None and now > last * (1 - tolerance)):
-                return weights.view_as(matrix), step
-            last = now
-        rows, columns = weights.shape[-2:]
-        gradient = residual @ weights if rows <= columns else weights @ residual
-        # ∂‖A Aᵀ − I‖/∂A = 2 (A Aᵀ − I) A / ‖A Aᵀ − I‖, and A (Aᵀ A − I) is the same product. It is 0 at a norm of 0.
+    for _ in range(steps):
+        gradient, norm = _slope(weights)
+        # ∂‖A Aᵀ − I‖/∂A = 2 (A Aᵀ − I) A / ‖A Aᵀ − I‖. It is 0 at a norm of 0.
         weights -= gradient.mul_(2 * lr).div_(norm.clamp_min(tiny)).where(kept, 0)
-    return weights.view_as(matrix), steps
+    return weights.view_as(matrix)
+
+
+def _lbfgs(matrix: Tensor, mask: Tensor, groups: int, steps: int) -> tuple[Tensor, int]:
+    """L-BFGS on ‖A Aᵀ − I‖² / 4 over the kept entries of ``matrix``, and the number of steps taken."""
+    weights = _by_group(matrix.clone(), groups)
+    kept = _by_group(mask, groups).nonzero(as_tuple=True)
+    values = weights[kept].requires_grad_()
+    if not values.numel():
+        return matrix, 0
+    optimizer = torch.optim.LBFGS(
+        [values], max_iter=WINDOW, tolerance_grad=0, tolerance_change=0, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    @torch.no_grad()
+    def closure() -> float:
+        weights[kept] = values
+        gradient, norm = _slope(weights)
+        values.grad = gradient[kept]
+        return float(norm.square() / 4)
+
+    taken, last = 0, math.inf
+    while taken < steps:
+        optimizer.param_groups[0]["max_iter"] = min(WINDOW, steps - taken)
+        optimizer.step(closure)
+        taken += optimizer.param_groups[0]["max_iter"]
+        weights[kept] = values
+        now = float(_residual(weights)[1])
+        if not math.isfinite(now) or now == 0 or now > last * (1 - ENOUGH):
+            break
+        last = now
+    return weights.view_as(matrix), taken
+
+
+def _slope(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(A Aᵀ − I) A, a quarter of the gradient of the norm's square, and the norm, of a batch of matrices A."""
+    residual, norm = _residual(weights)
+    rows, columns = weights.shape[-2:]
+    # A (Aᵀ A − I) is the same product.
+    return (residual @ weights if rows <= columns else weights @ residual), norm

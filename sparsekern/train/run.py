@@ -33,8 +33,6 @@ from .measure import (
 from .settings import Settings
 
 SCORING_IMAGES = 1000
-# Stop early: seconds instead of a minute, for the same orthogonality but for its third digit.
-ISOMETRY_TOLERANCE = 1e-3
 
 # Called with (what is going on, done, total, a note); total is 0 where it is not known.
 Progress = Callable[[str, int, int, str], object]
@@ -201,7 +199,7 @@ class _Run:
         if self.settings.isometry:
             self.progress("restoring isometry", 0, 0, "")
             start = time.perf_counter()
-            isometry.approximate_isometry_(model, patterns, tolerance=ISOMETRY_TOLERANCE)
+            isometry.approximate_isometry_(model, patterns)
             self.result.setdefault("isometry_seconds", time.perf_counter() - start)
         report = sparsify_(model, patterns)
         for module in model.modules():
