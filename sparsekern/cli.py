@@ -1,4 +1,4 @@
-"""The command line: ``sparsekern train``, ``summary``, ``info``, ``calibrate`` and ``advise``."""
+"""The command line: ``sparsekern train``, ``summary``, ``experiment``, ``info``, ``calibrate`` and ``advise``."""
 
 from __future__ import annotations
 
@@ -32,18 +32,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stoppable():
             if options.command == "train":
                 return _train(parser, options, words, console)
-            run = {"summary": _summary, "info": _info, "calibrate": _calibrate, "advise": _advise}[options.command]
+            run = {
+                "summary": _summary,
+                "experiment": _experiment,
+                "info": _info,
+                "calibrate": _calibrate,
+                "advise": _advise,
+            }[options.command]
             return run(options, console)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
         errors.print(f"sparsekern: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        errors.print("sparsekern: stopped before anything was measured; nothing was written", markup=False)
+        lost = "what was done is kept" if options.command == "experiment" else "nothing was written"
+        errors.print(f"sparsekern: stopped before the end; {lost}", markup=False)
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__, data, models
+    from .experiments import EXPERIMENTS
     from .train.settings import BACKENDS, PRUNERS, Settings
 
     parser = argparse.ArgumentParser("sparsekern", description="Sparse neural-network training, measured.")
@@ -81,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--backend", choices=BACKENDS, default=Settings.backend, help=f"of the sparse layers; {default}")
     summary = commands.add_parser("summary", help="one table of several runs, and where their plots are")
     summary.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out of a run, or a folder of such")
+    experiment = commands.add_parser(
+        "experiment", help="run an experiment of the papers, or one of ours, on sparse networks: table, plot and JSON"
+    )
+    experiment.add_argument("name", choices=EXPERIMENTS, metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)}")
+    experiment.add_argument(
+        "--out", type=Path, default=Path("experiments"), metavar="DIR",
+        help="results; what it holds of this experiment is not computed again; default: %(default)s",
+    )  # fmt: skip
+    experiment.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of every cell; default: 5")
+    experiment.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help=f"processes; 0 shows what there is already; {default}"
+    )
+    experiment.add_argument("--quick", action="store_true", help="one epoch on synthetic data, to see that it works")
     info = commands.add_parser("info", help="versions, processor and which kernels are at hand")
     info.add_argument("--json", action="store_true")
     calibrate = commands.add_parser("calibrate", help="measure this machine for `advise` and backend=auto (under 30 s)")
@@ -141,6 +162,18 @@ def _summary(options: argparse.Namespace, console: Console) -> int:
     from . import report
 
     _print_whole(console, report.summary_table(options.folders))
+    return 0
+
+
+def _experiment(options: argparse.Namespace, console: Console) -> int:
+    from .experiments import EXPERIMENTS
+
+    if options.jobs < 0:
+        raise ValueError(f"--jobs must not be negative, got {options.jobs}")
+    run = EXPERIMENTS[options.name]
+    with _Live(console) as live:
+        table = run(options.name, options.out, options.seeds, options.jobs, options.quick, live.show)
+    console.print(table.read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -226,8 +226,8 @@ def force(
 def shuffle(patterns: Mapping[str, BlockPattern], generator: torch.Generator | None = None) -> Patterns:
     """The random twin of ``patterns``: in every layer as many blocks of the same size, at random places.
 
-    Where all block rows of a layer hold the same number (±1), they do so in the twin. Where blocks overhang the edge,
-    the number of weights can differ by what edge blocks lack.
+    Where all block rows of a layer hold the same number (±1), they do so in the twin, and so do block columns then.
+    Where blocks overhang the edge, the number of weights can differ by what edge blocks lack.
 
     Source: Frankle et al., "Pruning neural networks at initialization: why are we missing the mark?", ICLR 2021.
 
@@ -238,11 +238,16 @@ def shuffle(patterns: Mapping[str, BlockPattern], generator: torch.Generator | N
     generator = cpu_generator(generator)
     twins = {}
     for name, pattern in patterns.items():
-        per_row = pattern.blocks_per_row()
-        if per_row.numel() and int(per_row.max() - per_row.min()) <= 1:
-            order = drawn_order(torch.ones(pattern.grid, dtype=torch.float64), generator)
+        if _even(pattern.blocks_per_row()):
+            columns = torch.bincount(pattern.col_indices, minlength=pattern.grid[1])
+            balance: Literal["rows", "both"] = "both" if _even(columns) else "rows"
+            order = drawn_order(torch.ones(pattern.grid, dtype=torch.float64), generator, balance, pattern.nnz_blocks)
         else:
             order = torch.randperm(math.prod(pattern.grid), generator=generator)
         mask = first(order, pattern.nnz_blocks, pattern.grid)
         twins[name] = BlockPattern.from_mask(mask, pattern.blocksize, pattern.shape).to(pattern.device)
     return Patterns(twins, getattr(patterns, "requested", None), getattr(patterns, "drop_bias", frozenset()))
+
+
+def _even(counts: torch.Tensor) -> bool:
+    return bool(counts.numel()) and int(counts.max() - counts.min()) <= 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Placement = Literal["auto", "global", "best", "draw", "random"]
-Balance = Literal["none", "rows", "both"]
+Balance = Literal["auto", "none", "rows", "both"]
 
 
 def best_order(scores: Tensor) -> Tensor:
@@ -17,7 +18,9 @@ def best_order(scores: Tensor) -> Tensor:
     return scores.flatten().sort(descending=True, stable=True).indices
 
 
-def drawn_order(scores: Tensor, generator: torch.Generator, balance: Balance = "rows", limit: int = 0) -> Tensor:
+def drawn_order(
+    scores: Tensor, generator: torch.Generator, balance: Literal["none", "rows", "both"] = "rows", limit: int = 0
+) -> Tensor:
     """Blocks in random order, in proportion to their score.
 
     Blocks are drawn without replacement with probabilities proportional to their scores, those of score 0 (or less)
@@ -56,19 +59,27 @@ def drawn_order(scores: Tensor, generator: torch.Generator, balance: Balance = "
 
 def _both(keys: Tensor, limit: int) -> Tensor:
     """The first ``limit`` blocks: rows in turns, each turn in the order of their best key, columns kept even."""
-    rows, columns = keys.shape
-    free = keys.clone()
-    column_counts = torch.zeros(columns, dtype=torch.float64)
+    free = keys.numpy().copy()  # -inf where taken
+    rows, columns = free.shape
+    counts = np.zeros(columns, dtype=np.int64)
+    behind, level = np.zeros(columns), columns  # 0 for the columns that have the fewest, -inf for others; their number
     order: list[int] = []
     turn: list[int] = []
     while len(order) < min(limit, rows * columns):
-        turn = turn or free.amax(1).argsort(descending=True, stable=True).tolist()
+        turn = turn or (-free.max(1)).argsort(kind="stable").tolist()
         row = turn.pop(0)
-        open_columns = free[row] > -math.inf
-        fewest = column_counts.masked_fill(~open_columns, math.inf).min()
-        column = int(free[row].masked_fill(column_counts > fewest, -math.inf).argmax())
-        free[row, column] = -math.inf
-        column_counts[column] += 1
+        of_row = free[row]
+        column = int((of_row + behind).argmax())
+        if of_row[column] + behind[column] == -np.inf:  # the row has a block in each of those
+            fewest = counts[of_row > -np.inf].min()
+            column = int(np.where(counts == fewest, of_row, -np.inf).argmax())
+        of_row[column] = -np.inf
+        counts[column] += 1
+        level -= behind[column] == 0
+        behind[column] = -np.inf
+        if not level:
+            level = int((counts == counts.min()).sum())
+            behind[counts == counts.min()] = 0
         order.append(row * columns + column)
     return torch.tensor(order, dtype=torch.int64)
 

@@ -46,7 +46,7 @@ def from_scores(
     *,
     allocation: Allocation | Mapping[str, float] = "global",
     placement: Placement = "auto",
-    balance: Balance = "rows",
+    balance: Balance = "auto",
     granularity: Granularity = "block",
     block_score: BlockScore = "mean",
     min_blocks: int = 1,
@@ -76,7 +76,8 @@ def from_scores(
             "auto": "best" where blocks are (1, 1) or whole channels, "draw" in all others;
             "global": those with the best score in the model, whatever layer they are in; only for allocation "global".
         balance: of "draw" and "random": the same number (±1) of blocks in every block "rows", in "both" rows and
-            columns (columns as far as that can be), or "none".
+            columns (columns as far as that can be), or "none"; "auto" is "both", but "rows" for single weights, where
+            it makes little difference and many draws take long.
         granularity: "block"; "kernel" (the blocks of all taps that join the same channels go together); "channel"
             (block rows go whole).
         block_score: of several weights: their "mean"; "l2", the root of their mean square; "gate", the size of the mean
@@ -172,7 +173,9 @@ def _within_layers(
         else:
             likely = torch.ones_like(grid.scores) if placement == "random" else grid.scores
             limit = targets[name] // int(grid.sizes.min()) + 1
-            orders[name] = drawn_order(likely, generator, balance, limit)
+            single = int(grid.sizes.max()) == 1
+            evenly = balance if balance != "auto" else "rows" if single else "both"
+            orders[name] = drawn_order(likely, generator, evenly, limit)
     counts = whole_blocks({name: grids[name].sizes.flatten()[order] for name, order in orders.items()}, targets)
     return {name: first(order, counts[name], tuple(grids[name].sizes.shape)) for name, order in orders.items()}
 

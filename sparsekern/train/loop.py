@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,22 @@ CHUNK = 50
 EVALUATION_BATCH = 1000
 
 
+Schedule = Literal["one-cycle", "steps", "constant"]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum 0.9, weight decay 5e-4 and the one-cycle schedule that peaks at ``lr``."""
+    """SGD with momentum 0.9 and weight decay 5e-4.
+
+    ``schedule`` of the learning rate: "one-cycle" peaks at ``lr``; "steps" begins there and is a tenth after each
+    quarter of the training, as in SNIP (every 25,000 of 100,000 steps); "constant".
+    """
 
     epochs: int
     batch_size: int
     lr: float
     seed: int
+    schedule: Schedule = "one-cycle"
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
         )
-        self.rates = one_cycle(recipe.lr, recipe.epochs * len(self.batches))
+        self.rates = rates(recipe.schedule, recipe.lr, recipe.epochs * len(self.batches))
         self.parameters = list(self.model.parameters())
         self.steps, self.seconds = 0, 0.0
         self._stream = self._endless()
@@ -134,6 +143,15 @@ class Trainer:
     def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield from self.batches
+
+
+def rates(schedule: Schedule, lr: float, steps: int) -> tuple[float, ...]:
+    """The learning rate of every step."""
+    if schedule == "one-cycle":
+        return one_cycle(lr, steps)
+    if schedule == "steps":
+        return tuple(lr * 0.1 ** (4 * step // steps) for step in range(steps))
+    return (lr,) * steps
 
 
 @functools.cache

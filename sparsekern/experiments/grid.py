@@ -1,0 +1,106 @@
+"""Running many cells, in several processes, and keeping each result as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..timing import keep_freed_memory
+from .cell import Cell, run
+
+Results = dict[str, dict[str, Any]]  # {key of a cell: what it gave}
+Progress = Callable[[str, int, int, str], object]
+
+
+def read(file: Path) -> Results:
+    """The results in ``file``, a line of JSON each; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: a line that is no result.
+    """
+    if not file.exists():
+        return {}
+    found: Results = {}
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            found[entry["cell"]] = entry["result"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{file}, line {number}, is no result of an experiment: {error}") from error
+    return found
+
+
+def fill(
+    cells: Iterable[Cell], file: Path, jobs: int, progress: Progress = lambda what, done, total, note: None
+) -> Results:
+    """Run the cells that ``file`` does not hold yet, ``jobs`` at a time on one thread each, and add what they give.
+
+    Returns:
+        The results of all ``cells``.
+
+    Raises:
+        RuntimeError: a cell that failed, or a process that died; what others gave by then is kept.
+    """
+    wanted = list(dict.fromkeys(cell.key for cell in cells))
+    results = read(file)
+    missing = [key for key in wanted if key not in results]
+    done = len(wanted) - len(missing)
+    progress("cells", done, len(wanted), "")
+    for key, result in _computed(missing, jobs):
+        results[key] = result
+        _append(file, key, result)
+        done += 1
+        progress("cells", done, len(wanted), f"{result['accuracy']:.2%} {key}")
+    return {key: results[key] for key in wanted}
+
+
+def _computed(keys: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not keys:
+        return
+    # Fresh processes: forked ones would share the threads of torch's pool, which they do not have.
+    with ProcessPoolExecutor(min(jobs, len(keys)), get_context("spawn"), _start) as pool:
+        futures = {pool.submit(_run, key): key for key in keys}
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except Exception as error:
+                    raise RuntimeError(f"cell {futures[future]} failed: {error}") from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def _run(key: str) -> dict[str, Any]:
+    return run(Cell.from_key(key))
+
+
+def _append(file: Path, key: str, result: dict[str, Any]) -> None:
+    """One whole line at the end of the file; a cut-off line before it goes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"cell": key, "result": result}) + "\n"
+    with file.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.seek(0)
+                whole = stream.read().rfind(b"\n") + 1
+                stream.truncate(whole)
+        stream.write(line.encode())
+        stream.flush()
+        os.fsync(stream.fileno())

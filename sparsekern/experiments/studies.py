@@ -1,0 +1,193 @@
+"""The experiments of the thesis's first two papers, and those of our own, as tables of cells: :data:`EXPERIMENTS`.
+
+Training is shorter than the papers': the one-cycle schedule over a few epochs reaches in minutes, on a CPU, what their
+100,000 steps reach. The data are Fashion-MNIST's where theirs are MNIST's, whose figures are in brackets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import blocks, connections
+from .cell import Cell
+from .grid import Progress
+from .study import Place, Study, run
+
+SNIP = "SNIP (Lee et al., ICLR 2019)"
+SPP = "A signal propagation perspective (Lee et al., ICLR 2020)"
+ON_MNIST = "The papers' figures are errors on MNIST, ours accuracies on Fashion-MNIST: compare differences, not values."
+
+LENET_300, LENET_5 = Cell("lenet-300-100"), Cell("lenet-5-caffe", epochs=3, lr=0.05)
+
+
+def sparsity() -> Study:
+    """LeNets over sparsity, SNIP beside random pruning."""
+    levels = (0.0, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)
+    cells: dict[Place, Cell] = {}
+    for base in (LENET_300, LENET_5):
+        for level in levels:
+            column = f"{level:.0%}"
+            if not level:
+                cells[base.model, column] = base.but(method="dense")
+                continue
+            cells[base.model, column] = base.but(sparsity=level)
+            if level >= 0.9:
+                cells[f"{base.model}, random", column] = base.but(sparsity=level, method="random")
+    paper = {
+        ("lenet-300-100", "0%"): "error 1.7", ("lenet-300-100", "95%"): "1.6", ("lenet-300-100", "98%"): "2.4",
+        ("lenet-5-caffe", "0%"): "error 0.9", ("lenet-5-caffe", "98%"): "0.8", ("lenet-5-caffe", "99%"): "1.1",
+    }  # fmt: skip
+    return Study("SNIP over sparsity", f"{SNIP}, table 1 and figure 1", cells, "network \\ sparsity", paper, ON_MNIST)
+
+
+def recipe() -> Study:
+    """LeNets by the first paper's own recipe: constant steps of the rate, fresh weights after pruning, biases too."""
+    cells: dict[Place, Cell] = {}
+    for base in (LENET_300.but(epochs=20), LENET_5.but(epochs=8)):
+        base = base.but(schedule="steps", placement="global", fresh=True, images=100)
+        cells[base.model, "dense"] = base.but(method="dense", fresh=False, images=1000, placement="auto")
+        for level in (0.9, 0.95, 0.98):
+            cells[base.model, f"{level:.0%}"] = base.but(sparsity=level)
+        cells[base.model, "98%, random"] = base.but(sparsity=0.98, method="random", placement="auto")
+    note = "20 and 8 epochs instead of 100,000 steps, the rate a tenth after each quarter; biases are kept. " + ON_MNIST
+    return Study("SNIP by the paper's recipe", f"{SNIP}, section 5", cells, "network \\ sparsity", note=note)
+
+
+def scores() -> Study:
+    """What other scores make of the same networks."""
+    names = ("snip", "iterative_snip", "force", "grasp", "grasp-absolute", "synflow", "magnitude", "random")
+    columns = {f"{level:.0%}": level for level in (0.9, 0.95, 0.98, 0.99)}
+    cells = {
+        (name, column): LENET_300.but(method=name, sparsity=level)
+        for name in names
+        for column, level in columns.items()
+    }
+    source = "Wang et al. 2020, Tanaka et al. 2020, de Jorge et al. 2021, Frankle et al. 2021"
+    return Study("Scores, LeNet-300-100", source, cells, "score \\ sparsity")
+
+
+def pruning_batch() -> Study:
+    """How many images the scores need."""
+    paper = dict(zip((1, 10, 100, 1000, 10_000), ("1.94", "1.72", "1.64", "1.56", "1.40"), strict=True))
+    cells = {("lenet-300-100", f"{n:,}"): LENET_300.but(sparsity=0.9, images=n, fresh=True) for n in paper}
+    found = {("lenet-300-100", f"{n:,}"): f"error {error}" for n, error in paper.items()}
+    return Study(
+        "Size of the pruning batch, 90 % sparse", f"{SNIP}, section 5.4", cells, "network \\ images", found, ON_MNIST
+    )
+
+
+def initialisers() -> Study:
+    """What the weights that are scored are drawn from; training starts from fresh ones."""
+    inits = {"RN": "normal:0.01", "TN": "truncated:0.01", "VS-X": "glorot", "VS-H": "he"}
+    paper = {
+        "lenet-300-100": ("1.90±.09", "1.96±.11", "1.91±.10", "1.88±.10"),
+        "lenet-5-caffe": (".89±.04", ".87±.05", ".88±.07", ".85±.05"),
+    }
+    cells, found = {}, {}
+    for base in (LENET_300, LENET_5):
+        for (label, init), error in zip(inits.items(), paper[base.model], strict=True):
+            cells[base.model, label] = base.but(sparsity=0.9, init=init, fresh=True)
+            found[base.model, label] = f"error {error}"
+    note = "RN and TN have variance 0.01. " + ON_MNIST
+    return Study("Initialisation while pruning, 90 % sparse", f"{SNIP}, table 3", cells, "network \\ init", found, note)
+
+
+def transfer() -> Study:
+    """Masks of one data set on another, with and without labels."""
+    cells: dict[Place, Cell] = {}
+    paper = {
+        ("mnist", "mnist"): ("2.42", "2.94", "15.56"), ("fashion-mnist", "mnist"): ("2.66", "2.80", "18.03"),
+        ("fashion-mnist", "fashion-mnist"): ("11.90", "13.01", "24.72"),
+        ("mnist", "fashion-mnist"): ("14.17", "13.39", "24.89"),
+    }  # fmt: skip
+    found: dict[Place, str] = {}
+    for (on, to), errors in paper.items():
+        row = f"{on} to {to}"
+        base = LENET_300.but(dataset=to, prune_on=on if on != to else None, sparsity=0.98, init="orthogonal")
+        cells[row, "true labels"] = base
+        cells[row, "uniform"] = base.but(labels="uniform")
+        cells[row, "random mask"] = base.but(method="random", prune_on=None)
+        for column, error in zip(("true labels", "uniform", "random mask"), errors, strict=True):
+            found[row, column] = f"error {error}"
+    return Study(
+        "Transfer of masks, LeNet-300-100, 98 % sparse",
+        f"{SPP}, table 5",
+        cells,
+        "pruned on, trained on \\ labels",
+        found,
+    )
+
+
+def random_labels() -> Study:
+    """Whether a network can learn labels by heart: dense ones can, pruned ones should not."""
+    base = LENET_5.but(epochs=6)
+    cells: dict[Place, Cell] = {}
+    for column, shuffled in (("true labels", False), ("shuffled labels", True)):
+        cells["dense", column] = base.but(method="dense", shuffled=shuffled)
+        cells["99 % sparse", column] = base.but(sparsity=0.99, shuffled=shuffled)
+    note = "Share of 10,000 training images that are classified as labelled; chance is 10 %. 6 epochs only."
+    return Study(
+        "Random labels, LeNet-5-Caffe", f"{SNIP}, section 5.5", cells, "network \\ labels", note=note, metric="fit"
+    )
+
+
+def placements(model: str, width: float = 1.0) -> Callable[[], Study]:
+    """Every block by every placement."""
+
+    def study() -> Study:
+        cells: dict[Place, Cell] = {}
+        for cell in blocks.cells(model, 1, width):
+            if cell.method == "dense":
+                cells["dense", "dense"] = cell
+                continue
+            name = next(n for n, rules in blocks.PLACEMENTS.items() if cell == cell.but(**rules))
+            column = f"{cell.blocksize[0]}x{cell.blocksize[1]}"
+            cells[f"{cell.sparsity:.0%}, {name}", column] = cell
+        wide = f", {width:g} times as wide" if width != 1 else ""
+        return Study(
+            f"Blocks and how they are placed: {model}{wide}", "Ours; no published table", cells, "placement \\ block"
+        )
+
+    return study
+
+
+def by_time() -> Study:
+    """Scores per predicted microsecond beside one ranking of all scores, both 5 times as fast as dense."""
+    cells = {}
+    for base in (LENET_5, Cell("simple-cnn", epochs=3)):
+        fast = base.but(speedup=5.0, of="inference", blocksize=(8, 8))
+        cells[base.model, "score per time, 5x"] = fast
+    return Study("Masks by time", "Ours", cells, "network \\ mask")
+
+
+Experiment = Callable[[str, Path, int, int, bool, Progress], Path]
+
+
+def _study(make: Callable[[], Study]) -> Experiment:
+    def experiment(name: str, out: Path, seeds: int, jobs: int, quick: bool, progress: Progress) -> Path:
+        return run(make(), name, out, seeds, jobs, quick, progress)
+
+    return experiment
+
+
+# What each does with (name, folder, seeds, processes, quick, progress): see ``study.run``.
+EXPERIMENTS: dict[str, Experiment] = {
+    "connections": connections.run,
+    **{
+        name: _study(make)
+        for name, make in {
+            "sparsity": sparsity,
+            "recipe": recipe,
+            "scores": scores,
+            "pruning-batch": pruning_batch,
+            "initialisers": initialisers,
+            "transfer": transfer,
+            "random-labels": random_labels,
+            "blocks-lenet-300-100": placements("lenet-300-100"),
+            "blocks-lenet-300-100-wide": placements("lenet-300-100", 4.0),
+            "blocks-lenet-5": placements("lenet-5-caffe"),
+            "blocks-simple-cnn": placements("simple-cnn"),
+        }.items()
+    },
+}

@@ -1,0 +1,162 @@
+"""A study is a table of cells: rows by columns, several seeds each; beside it what the paper found."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from . import grid
+from .cell import Cell
+from .files import write_text
+
+Place = tuple[str, str]  # (row, column)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        title: one line.
+        source: the paper and the part of it.
+        cells: {(row, column): cell}; the seed is filled in.
+        paper: {(row, column): what the paper has there, with its unit}.
+        note: how this differs from the paper, on what it ran.
+        columns: what the columns are.
+        metric: the key of a cell's result that is shown, a fraction; "curve:N" is the Nth entry of a list.
+        metrics: {column: metric} where it is another.
+    """
+
+    title: str
+    source: str
+    cells: Mapping[Place, Cell]
+    columns: str
+    paper: Mapping[Place, str] = field(default_factory=dict)
+    note: str = ""
+    metric: str = "accuracy"
+    metrics: Mapping[str, str] = field(default_factory=dict)
+
+    def value(self, place: Place, result: Mapping[str, Any]) -> float:
+        """What the table shows of a cell's result."""
+        key, _, index = self.metrics.get(place[1], self.metric).partition(":")
+        found: float = result[key][int(index)] if index else result[key]
+        return found
+
+
+def run(study: Study, name: str, out: Path, seeds: int, jobs: int, quick: bool, progress: grid.Progress) -> Path:
+    """Compute what is missing in ``out``/NAME.jsonl, then write NAME.json, NAME.md and NAME.png; returns NAME.md.
+
+    Args:
+        seeds: runs of every cell, with seeds 1 to ``seeds``.
+        jobs: processes; with 0 nothing is computed, and the table is of what there is.
+        quick: one epoch on synthetic data, to see that it works; its figures mean nothing, and its files say so.
+    """
+    cells = {place: small(cell) if quick else cell for place, cell in study.cells.items()}
+    stem = out / (f"{name}-quick" if quick else name)
+    file = stem.with_suffix(".jsonl")
+    # Seed by seed, so that what is there after an interruption is balanced.
+    wanted = [cell.but(seed=seed) for seed in range(1, seeds + 1) for cell in cells.values()]
+    results = grid.fill(wanted, file, jobs, progress) if jobs else grid.read(file)
+    values = {}
+    for place, cell in cells.items():
+        keys = [cell.but(seed=seed).key for seed in range(1, seeds + 1)]
+        if found := [study.value(place, results[key]) for key in keys if key in results]:
+            values[place] = found
+    if not values:
+        raise ValueError(f"{file} holds no result of this experiment")
+    write_text(stem.with_suffix(".json"), json.dumps(as_dict(study, values, quick), indent=1) + "\n")
+    write_text(stem.with_suffix(".md"), markdown(study, name, values, quick))
+    draw(study, values, stem.with_suffix(".png"))
+    return stem.with_suffix(".md")
+
+
+def small(cell: Cell) -> Cell:
+    """The same in seconds: synthetic data, one epoch, few images to prune on."""
+    on = None if cell.prune_on is None else "synthetic"
+    return cell.but(dataset="synthetic", prune_on=on, epochs=1, images=min(cell.images, 200))
+
+
+def as_dict(study: Study, values: Mapping[Place, list[float]], quick: bool) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return {
+        "title": study.title,
+        "source": study.source,
+        "note": study.note,
+        "quick": quick,
+        "metric": study.metric,
+        "cells": [
+            {
+                "row": place[0],
+                "column": place[1],
+                "values": found,
+                "mean": statistics.fmean(found),
+                "std": statistics.stdev(found) if len(found) > 1 else None,
+                "paper": study.paper.get(place),
+            }
+            for place, found in values.items()
+        ],
+    }
+
+
+def markdown(study: Study, name: str, values: Mapping[Place, list[float]], quick: bool) -> str:
+    """The table, and what it has to be read with."""
+    rows, columns = (list(dict.fromkeys(place[axis] for place in values)) for axis in (0, 1))
+    numbers = sorted({len(found) for found in values.values()})
+    seeds = numbers[-1]
+    over = f"{seeds} seeds" if len(numbers) == 1 else f"{numbers[0]} to {seeds} seeds (not all are done)"
+    lines = [
+        f"# {study.title}",
+        "",
+        f"{study.source}. Mean ± standard deviation of {study.metric}, in %, over {over}; "
+        f"in brackets the paper's figure. {study.note}".strip(),
+        "",
+        *(["**Quick: one epoch on synthetic data. These figures mean nothing.**", ""] if quick else []),
+        f"| {study.columns} | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for row in rows:
+        texts = [_text(values.get((row, column)), study.paper.get((row, column))) for column in columns]
+        lines.append(f"| {row} | {' | '.join(texts)} |")
+    stem = f"{name}-quick" if quick else name
+    command = f"sparsekern experiment {name} --seeds {seeds}{' --quick' * quick}"
+    return "\n".join([*lines, "", f"![{study.title}]({stem}.png)", "", f"`{command}` makes this again.", ""])
+
+
+def _text(found: list[float] | None, paper: str | None) -> str:
+    if found is None:
+        return ""
+    spread = f" ± {100 * statistics.stdev(found):.2f}" if len(found) > 1 else ""
+    return f"{100 * statistics.fmean(found):.2f}{spread}" + (f" [{paper}]" if paper else "")
+
+
+def draw(study: Study, values: Mapping[Place, list[float]], path: Path) -> None:
+    """A line per row, a point per column: means, and bars of a standard deviation."""
+    rows, columns = (list(dict.fromkeys(place[axis] for place in values)) for axis in (0, 1))
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for number, row in enumerate(rows):
+            there = [(x, values[row, column]) for x, column in enumerate(columns) if (row, column) in values]
+            # Side by side, or the bars of one hide those of another.
+            xs = [x + 0.04 * (number - (len(rows) - 1) / 2) for x, _ in there]
+            means = [100 * statistics.fmean(found) for _, found in there]
+            spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in there]
+            axes.errorbar(xs, means, yerr=spread, marker="o", markersize=4, capsize=2, label=row)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_xlabel(study.columns.partition("\\")[2].strip() or study.columns)
+        axes.set_ylabel(f"{study.metric} (%)")
+        axes.set_title(study.title, fontsize=10)
+        if len(rows) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        part = path.with_name(f"{path.name}.part")
+        figure.savefig(part, format="png", dpi=130)
+        part.replace(path)

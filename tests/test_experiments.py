@@ -1,0 +1,219 @@
+"""Experiments: cells and their keys, results that survive interruption, tables, and the command."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern import cli, prune
+from sparsekern.experiments import EXPERIMENTS, cell, connections, grid, initial, studies, study
+from sparsekern.experiments.cell import Cell
+from sparsekern.experiments.study import Study
+
+SMALL = Cell("lenet-300-100", width=0.1, dataset="synthetic", epochs=1, images=100)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_says_what_differs_and_leads_back() -> None:
+    given = SMALL.but(sparsity=0.9, blocksize=(8, 8), seed=3)
+    assert json.loads(given.key) == {
+        "model": "lenet-300-100", "width": 0.1, "dataset": "synthetic", "epochs": 1, "images": 100, "sparsity": 0.9,
+        "blocksize": [8, 8], "seed": 3,
+    }  # fmt: skip
+    assert Cell.from_key(given.key) == given
+
+
+def test_a_cell_prunes_trains_and_tests() -> None:
+    dense, sparse = cell.run(SMALL.but(method="dense")), cell.run(SMALL.but(sparsity=0.8, blocksize=(4, 4)))
+    assert dense["accuracy"] > 0.6 and sparse["accuracy"] > 0.3
+    assert sparse["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert sparse["macs_kept"] == pytest.approx(0.2, abs=1e-3)
+    assert set(sparse["densities"]) == {"fc1", "fc2", "fc3"} and sparse["collapsed"] == []
+    assert sparse["curve"] == [sparse["accuracy"]] and not sparse["diverged"]
+    assert cell.run(SMALL.but(sparsity=0.8, blocksize=(4, 4)))["accuracy"] == sparse["accuracy"]
+    json.dumps([dense, sparse])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": name}
+        for name in (
+            "grasp", "grasp-absolute", "synflow", "iterative_snip", "force", "magnitude", "random", "snip-shuffled",
+        )
+    ]
+    + [
+        {"labels": "uniform"}, {"labels": "predicted"}, {"prune_on": "synthetic"},
+        {"init": "orthogonal", "fresh": True},
+        {"isometry": True}, {"allocation": "erk"}, {"granularity": "channel"}, {"placement": "draw", "balance": "both"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)  # fmt: skip
+def test_every_field_changes_what_is_built(changes: dict[str, object]) -> None:
+    base = SMALL.but(sparsity=0.7, blocksize=(2, 2))
+    model, facts = cell.prepared(base.but(**changes))
+    # A row of the first layer is a sixth of what is to be kept.
+    assert facts["sparsity"] == pytest.approx(0.7, abs=0.05 if "granularity" in changes else 0.02)
+    other, _ = cell.prepared(base)
+    same = [
+        torch.equal(a, b) if a.shape == b.shape else False
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    ]
+    assert all(same) == ("prune_on" in changes)  # the same data set under its name
+    if "isometry" in changes:
+        before, after, _ = facts["isometry"]
+        assert after < before
+
+
+def test_shuffled_labels_and_a_diverging_rate() -> None:
+    learnt = cell.run(SMALL.but(method="dense", shuffled=True))
+    assert learnt["accuracy"] < 0.3
+    assert cell.run(SMALL.but(method="dense", lr=1e30))["diverged"]
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(ValueError, match=r"method must be .*, got 'snap'"):
+        cell.run(SMALL.but(method="snap", sparsity=0.5))
+    for name in ("nothing", "normal", "normal:x"):
+        with pytest.raises(ValueError, match=name):
+            initial.fill_(torch.nn.Linear(3, 3), name)
+
+
+@pytest.mark.parametrize(
+    "name, variance",
+    [("lecun", 1 / 400), ("lecun-normal", 1 / 400), ("glorot", 2 / 700), ("he", 2 / 400), ("normal:0.3", 0.3)],
+)
+def test_initial_weights_have_their_variance(name: str, variance: float) -> None:
+    model = torch.nn.Linear(400, 300)
+    initial.fill_(model, name, torch.Generator().manual_seed(0))
+    assert float(model.weight.detach().var()) == pytest.approx(variance, rel=0.03)
+    assert not model.bias.any()
+    initial.fill_(model, "truncated:0.01")
+    assert float(model.weight.detach().abs().max()) <= 0.2
+
+
+# ---- many cells -----------------------------------------------------------------------------------------------------
+
+
+def fake(key: str) -> dict[str, object]:
+    """In a worker: what a cell gives, or a death."""
+    seed = Cell.from_key(key).seed
+    if seed == 13:
+        os._exit(9)
+    if seed == 12:
+        raise ZeroDivisionError("at seed 12")
+    return {"accuracy": seed / 100}
+
+
+def test_results_are_kept_and_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "runs" / "a.jsonl"
+    monkeypatch.setattr(grid, "_run", fake)
+    cells = [SMALL.but(seed=seed) for seed in (1, 2, 3)]
+    first = grid.fill(cells[:2], file, 1)
+    assert first == {c.key: {"accuracy": c.seed / 100} for c in cells[:2]}
+    file.write_bytes(file.read_bytes() + b'{"cell": "cut o')
+    assert grid.read(file) == first
+    monkeypatch.setattr(grid, "_computed", lambda keys, jobs: ((key, {"accuracy": len(keys)}) for key in keys))
+    assert grid.fill(cells, file, 2)[cells[2].key] == {"accuracy": 1}  # one was missing
+    assert len(grid.read(file)) == len(file.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("seed, words", [(12, "failed: at seed 12"), (13, "terminated abruptly")])
+def test_a_failure_is_named_and_the_rest_is_kept(
+    seed: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jsonl"
+    monkeypatch.setattr(grid, "_run", fake)
+    with pytest.raises(RuntimeError, match=words):
+        grid.fill([SMALL.but(seed=1), SMALL.but(seed=seed)], file, 1)
+    assert list(grid.read(file)) == [SMALL.but(seed=1).key]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"cell": "x"}\n{"cell": "y", "result": {}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1, is no result"):
+        grid.read(file)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_means_spreads_and_the_paper(tmp_path: Path) -> None:
+    places = {("a", "x"): SMALL, ("a", "y"): SMALL.but(sparsity=0.5), ("b", "y"): SMALL.but(sparsity=0.6)}
+    made = Study("A title", "A paper", places, "row \\ column", {("a", "y"): "error 3.1"}, metrics={"y": "curve:1"})
+    file = tmp_path / "name-quick.jsonl"
+    for seed, offset in ((1, -0.1), (2, 0.1)):
+        for value, of in zip((0.5, 0.6, 0.7), places.values(), strict=True):
+            found = {"accuracy": value + offset, "curve": [0, value - offset]}
+            grid._append(file, study.small(of).but(seed=seed).key, found)
+    table = study.run(made, "name", tmp_path, 2, 1, True, lambda *args: None)
+    text = table.read_text()
+    assert "| a | 50.00 ± 14.14 | 60.00 ± 14.14 [error 3.1] |" in text and "| b |  | 70.00 ± 14.14 |" in text
+    assert "These figures mean nothing" in text
+    facts = json.loads((tmp_path / "name-quick.json").read_text())
+    assert facts["cells"][1]["values"] == pytest.approx([0.7, 0.5]) and facts["cells"][1]["paper"] == "error 3.1"
+    assert (tmp_path / "name-quick.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "connections"])
+def test_every_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its cells prune, at a fraction of their width, on synthetic data."""
+    seen: list[Study] = []
+    monkeypatch.setattr(studies, "run", lambda made, *rest: seen.append(made))
+    EXPERIMENTS[name](name, Path(), 1, 1, True, print)
+    for place in seen[0].paper:
+        assert place in seen[0].cells
+    kinds = {(c.method, c.placement, c.balance, c.labels, c.init): c for c in seen[0].cells.values()}
+    for of in list(kinds.values())[:12]:
+        if of.method != "dense" and of.speedup is None:
+            tiny = study.small(of).but(images=20, width=0.5 * of.width)
+            generator = torch.Generator().manual_seed(1)
+            model = cell.models.build(tiny.model, tiny.width, generator)
+            initial.fill_(model, tiny.init, generator)
+            patterns = cell.prune_(model, tiny)
+            assert isinstance(patterns, prune.Patterns)
+            assert patterns.achieved == pytest.approx(of.sparsity, abs=1e-2)
+
+
+def test_connections_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SPARSITIES", (0.9,))
+    table = connections.run("connections", tmp_path, 1, 1, True, lambda *args: None)
+    facts = json.loads(table.with_suffix(".json").read_text())
+    as_they_are = facts["correlation"]["as they are"]
+    assert len(as_they_are) == 10 and min(value for row in as_they_are for value in row) > 0.3
+    assert (tmp_path / "connections-quick.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_writes_what_it_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "_computed", lambda keys, jobs: ((key, {"accuracy": 0.5}) for key in keys))
+    words = ["experiment", "pruning-batch", "--quick", "--seeds", "2", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert "50.00 ± 0.00 [error 1.40]" in capsys.readouterr().out
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".jsonl", ".md", ".png"]
+    assert cli.main([*words[:4], "3", *words[5:], "--jobs", "0"]) == 0  # a table of what there is
+    assert "over 2 seeds;" in capsys.readouterr().out
+    assert cli.main([*words[:1], "scores", *words[2:], "--jobs", "0"]) == 1
+    assert cli.main([*words, "--jobs", "-1"]) == 1
+    asked: list[str] = []
+    monkeypatch.setattr(grid, "_computed", lambda keys, jobs: asked.extend(keys) or ())
+    assert cli.main(words) == 0
+    assert asked == []  # nothing is left to compute
+
+
+def test_sparsity_zero_and_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["nothing"], ["scores", "--seeds", "0"], ["scores", "--jobs", "x"]):
+        with pytest.raises(SystemExit):
+            cli.main(["experiment", *words])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
