@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -18,6 +20,7 @@ from .cell import Cell
 from .files import write_text
 
 Place = tuple[str, str]  # (row, column)
+MANY, REACH = 8, 12
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def markdown(study: Study, name: str, values: Mapping[Place, list[float]], quick
     lines = [
         f"# {study.title}",
         "",
-        f"{study.source}. Mean ± standard deviation of {study.metric}, in %, over {over}; "
-        f"in brackets the paper's figure. {study.note}".strip(),
+        f"{study.source}. Mean ± standard deviation of {study.metric}, in %, over {over}"
+        f"{'; in brackets the figure of the paper' if study.paper else ''}. {study.note}".strip(),
         "",
         *(["**Quick: one epoch on synthetic data. These figures mean nothing.**", ""] if quick else []),
         f"| {study.columns} | {' | '.join(columns)} |",
@@ -138,25 +141,47 @@ def _text(found: list[float] | None, paper: str | None) -> str:
 
 
 def draw(study: Study, values: Mapping[Place, list[float]], path: Path) -> None:
-    """A line per row, a point per column: means, and bars of a standard deviation."""
+    """A line per row, a point per column: means, and bars of a standard deviation.
+
+    Many rows named "panel, line" get a panel each; a row of another name, such as dense, is a level in all of them.
+    Panels reach ``REACH`` points down from the best, so that what fails does not press the rest together.
+    """
     rows, columns = (list(dict.fromkeys(place[axis] for place in values)) for axis in (0, 1))
+    levels = [row for row in rows if ", " not in row] if len(rows) > MANY else []
+    panels: dict[str, list[str]] = {}
+    for row in rows:
+        if row not in levels:
+            panels.setdefault(row.partition(", ")[0] if levels else "", []).append(row)
+    columns = [column for column in columns if any((row, column) in values for row in rows if row not in levels)]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(max(8, 4.5 * len(panels)), 5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for number, row in enumerate(rows):
-            there = [(x, values[row, column]) for x, column in enumerate(columns) if (row, column) in values]
-            # Side by side, or the bars of one hide those of another.
-            xs = [x + 0.04 * (number - (len(rows) - 1) / 2) for x, _ in there]
-            means = [100 * statistics.fmean(found) for _, found in there]
-            spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in there]
-            axes.errorbar(xs, means, yerr=spread, marker="o", markersize=4, capsize=2, label=row)
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_xlabel(study.columns.partition("\\")[2].strip() or study.columns)
-        axes.set_ylabel(f"{study.metric} (%)")
-        axes.set_title(study.title, fontsize=10)
-        if len(rows) > 1:
-            axes.legend(frameon=False, fontsize=8)
+        for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            _panel(axes, [(line.removeprefix(f"{panel}, "), line) for line in lines], columns, values)
+            for row in levels:
+                level = statistics.fmean(x for (r, _), found in values.items() if r == row for x in found)
+                axes.axhline(100 * level, color="black", linestyle=":", linewidth=1, label=row)
+            axes.set_title(panel, fontsize=10)
+            axes.set_xlabel(study.columns.partition("\\")[2].strip() or study.columns)
+            axes.set_ylabel(f"{study.metric} (%)")
+            if len(lines) > 1:
+                axes.legend(frameon=False, fontsize=8)
+        figure.suptitle(study.title, fontsize=10)
         part = path.with_name(f"{path.name}.part")
-        figure.savefig(part, format="png", dpi=130)
+        figure.savefig(part, format="png", dpi=110)
         part.replace(path)
+
+
+def _panel(axes: Axes, lines: list[tuple[str, str]], columns: list[str], values: Mapping[Place, list[float]]) -> None:
+    best = -math.inf
+    for number, (label, row) in enumerate(lines):
+        there = [(x, values[row, column]) for x, column in enumerate(columns) if (row, column) in values]
+        # Side by side, or the bars of one hide those of another.
+        xs = [x + 0.08 * (number - (len(lines) - 1) / 2) for x, _ in there]
+        means = [100 * statistics.fmean(found) for _, found in there]
+        spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in there]
+        axes.errorbar(xs, means, yerr=spread, marker="o", markersize=4, linewidth=1, capsize=2, label=label)
+        best = max([best, *means])
+    axes.set_xticks(range(len(columns)), columns)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, best - REACH), high)
