@@ -178,7 +178,7 @@ def test_every_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) ->
         if of.method != "dense" and of.speedup is None:
             tiny = study.small(of).but(images=20, width=0.5 * of.width)
             generator = torch.Generator().manual_seed(1)
-            model = cell.models.build(tiny.model, tiny.width, generator)
+            model = cell.built(tiny, generator)
             initial.fill_(model, tiny.init, generator)
             patterns = cell.prune_(model, tiny)
             assert isinstance(patterns, prune.Patterns)

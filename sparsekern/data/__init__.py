@@ -1,35 +1,38 @@
-"""The data sets of the thesis's small networks, whole and in memory: :func:`load` and :class:`Batches`."""
+"""The thesis's data sets of ten classes, whole and in memory: :func:`load` and :class:`Batches`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .idx import read_idx
-from .sources import CHECKSUMS, locate
+from . import cifar
+from .batches import Batches, flip_and_shift
+from .sources import CHECKSUMS, locate, read_checked
 from .synthetic import make_synthetic
 
 NAMES = (*CHECKSUMS, "synthetic")
+COLOUR_NAMES = (cifar.NAME,)
 
-__all__ = ["NAMES", "Batches", "Dataset", "load"]
+__all__ = ["COLOUR_NAMES", "NAMES", "Batches", "Dataset", "flip_and_shift", "hold_out", "invert", "load"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Ten-class images, standardised with the one mean and standard deviation of all training pixels.
+    """Ten-class images, standardised with the mean and standard deviation of all training pixels of each channel.
 
-    ``train_images`` and ``test_images`` are float32 [N, 1, 28, 28]; the labels int64 [N], 0 to 9.
-    ``mean`` and ``std`` are those of the training pixels on the scale 0 to 1. ``source`` says where the files are from.
+    ``train_images`` and ``test_images`` are float32, [N, 1, 28, 28] for the grey sets (:data:`NAMES`) and
+    [N, 3, 32, 32] for those in colour (:data:`COLOUR_NAMES`); the labels int64 [N], 0 to 9. ``mean`` and ``std`` are
+    those of the training pixels on the scale 0 to 1, one per channel. ``source`` says where the files are from.
     """
 
     name: str
     source: str
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
@@ -40,66 +43,75 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     """Load a data set whole.
 
     Args:
-        name: "fashion-mnist", "mnist", or "synthetic" (a small seeded stand-in that needs no files).
-        root: folder that holds the four idx files (raw or .gz), directly or in a folder of the data set's name.
-            Default: the environment variable SPARSEKERN_DATA. Where neither is given, the places and downloads of
-            :func:`sparsekern.data.sources.locate` are tried in order. A folder that is given is the only one looked at.
+        name: "fashion-mnist", "mnist", "synthetic" (a small seeded stand-in that needs no files), or "cifar-10" (its
+            binary version; the Python version, being pickled, is not read).
+        root: folder that holds the four idx files (raw or .gz) or CIFAR-10's archive or six files, directly or in a
+            folder of the data set's name. Default: the environment variable SPARSEKERN_DATA. Where neither is given,
+            the places and downloads of :func:`sparsekern.data.sources.locate` are tried in order. A folder that is
+            given is the only one looked at.
 
     Raises:
-        ValueError: an unknown name, or a file whose checksum is wrong.
+        ValueError: an unknown name, or a file whose checksum or content is wrong.
         FileNotFoundError: nowhere to be found; the message names every way that was tried and why it failed.
     """
+    if name not in NAMES + COLOUR_NAMES:
+        raise ValueError(f"name must be one of {', '.join(NAMES + COLOUR_NAMES)}, got {name!r}")
     if name == "synthetic":
-        return _standardise(name, "generated", *make_synthetic())
-    if name not in CHECKSUMS:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    files, source = locate(name, Path(root) if root is not None else None)
-    train_images, train_labels, test_images, test_labels = (read_idx(path, sha256) for path, sha256 in files)
-    return _standardise(name, source, train_images, train_labels, test_images, test_labels)
+        train_images, train_labels, test_images, test_labels = make_synthetic()
+        source = "generated"
+    else:
+        files, source = locate(name, Path(root) if root is not None else None)
+        if name == cifar.NAME:
+            return _standardise(name, source, *cifar.read(files))
+        train_images, train_labels, test_images, test_labels = (read_checked(name, path) for path in files)
+    return _standardise(name, source, train_images.unsqueeze(1), train_labels, test_images.unsqueeze(1), test_labels)
 
 
-class Batches:
-    """Shuffled batches of a data set that lies in memory; iterating it once is one epoch.
+def hold_out(dataset: Dataset, generator: torch.Generator, fraction: float = 0.1) -> tuple[Dataset, Tensor, Tensor]:
+    """Take examples out of the training set for validation, at random, as SNIP and SPP do with a tenth.
 
     Args:
-        images: [N, ...]; labels: [N].
-        batch_size: examples per batch; the last one of an epoch is smaller where N is no multiple of it.
-        generator: CPU generator that draws a new order for every epoch.
+        dataset: left as it is.
+        generator: CPU generator that draws which.
+        fraction: of the training examples (rounded), in (0, 1).
 
-    Yields:
-        (images [B, ...], labels [B]), copies.
+    Returns:
+        (data set with the training examples that are left, validation images, validation labels). ``mean`` and ``std``
+        stay those of all training pixels.
+
+    Raises:
+        ValueError: a fraction that takes none or all.
     """
+    n = len(dataset.train_labels)
+    taken = round(n * fraction) if math.isfinite(fraction) else 0
+    if not 0 < taken < n:
+        raise ValueError(f"fraction must take some of the {n} training examples, and not all, got {fraction}")
+    order = torch.randperm(n, generator=generator)
+    held, kept = order[:taken].sort().values, order[taken:].sort().values
+    images, labels = dataset.train_images, dataset.train_labels
+    rest = replace(dataset, train_images=images[kept], train_labels=labels[kept])
+    return rest, images[held], labels[held]
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if len(images) != len(labels):
-            raise ValueError(f"images and labels must be equally many, got {len(images)} and {len(labels)}")
-        self.images, self.labels = images, labels
-        self.batch_size, self.generator = batch_size, generator
 
-    def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.labels), generator=self.generator)
-        # index_select, not images[index]: a third of the time for a batch of 100 images.
-        for index in order.split(self.batch_size):
-            yield self.images.index_select(0, index), self.labels.index_select(0, index)
+def invert(dataset: Dataset) -> Dataset:
+    """Every pixel p on the scale 0 to 1 as 1 - p, standardised with its own mean and deviation (SNIP, appendix)."""
+    mean = tuple(1 - m for m in dataset.mean)
+    return replace(dataset, mean=mean, train_images=-dataset.train_images, test_images=-dataset.test_images)
 
 
 def _standardise(
     name: str, source: str, train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor
 ) -> Dataset:
-    """uint8 images [N, 28, 28] and labels [N] to the standardised data set."""
-    counts = torch.bincount(train_images.flatten(), minlength=256).double()
+    """uint8 images [N, C, H, W] and labels [N] to the standardised data set."""
     levels = torch.arange(256).double() / 255
-    mean = float((counts * levels).sum() / counts.sum())
-    std = float(((counts * (levels - mean) ** 2).sum() / counts.sum()).sqrt())
+    mean, std = [], []
+    for channel in train_images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        mean.append(float((counts * levels).sum() / counts.sum()))
+        std.append(float(((counts * (levels - mean[-1]) ** 2).sum() / counts.sum()).sqrt()))
 
     def scale(images: Tensor) -> Tensor:
-        return images.float().div_(255).sub_(mean).div_(std).unsqueeze(1)
+        return images.float().div_(255).sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
 
-    return Dataset(
-        name, source, mean, std, scale(train_images), train_labels.long(), scale(test_images), test_labels.long()
-    )
+    train, test = scale(train_images), scale(test_images)
+    return Dataset(name, source, tuple(mean), tuple(std), train, train_labels.long(), test, test_labels.long())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import shutil
@@ -12,7 +13,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from ..info import cache_folder
+from . import cifar
 from .idx import read_idx
 
 logger = logging.getLogger("sparsekern")
@@ -35,6 +39,7 @@ CHECKSUMS: dict[str, dict[str, str]] = {
 ADDRESSES = {
     "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist",
+    cifar.NAME: "https://www.cs.toronto.edu/~kriz",
 }
 DEBIAN_PACKAGES = {"fashion-mnist": "dataset-fashion-mnist"}
 DEBIAN_FOLDER = Path("/usr/share/datasets")
@@ -43,7 +48,7 @@ APT_TIMEOUT_SECONDS = 300.0
 # Downloading as the calling user: apt's own user cannot write to our temporary folder.
 APT_GET = ("apt-get", "-q", "-o", "APT::Sandbox::User=", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=1")
 
-Files = list[tuple[Path, str]]
+Files = list[Path]
 
 
 class _Unavailable(Exception):
@@ -51,7 +56,7 @@ class _Unavailable(Exception):
 
 
 def locate(name: str, folder: Path | None = None) -> tuple[Files, str]:
-    """The four files of a data set with their checksums, and the way they were found.
+    """The files of a data set (four idx files, or those of :func:`.cifar.find`), and the way they were found.
 
     Tried in order: a folder (``folder``, else the environment variable SPARSEKERN_DATA), where Debian's package
     installs itself, the cache, fetching Debian's package without root, the official address. What is fetched goes
@@ -59,7 +64,6 @@ def locate(name: str, folder: Path | None = None) -> tuple[Files, str]:
 
     Raises:
         FileNotFoundError: none worked; the message says why for each. A folder that is given is the only way tried.
-        ValueError: a folder given holds a file with the wrong content.
     """
     folder = folder or (Path(value) if (value := os.environ.get("SPARSEKERN_DATA")) else None)
     if folder is not None:
@@ -84,12 +88,14 @@ def locate(name: str, folder: Path | None = None) -> tuple[Files, str]:
 
 
 def _in_folder(name: str, folder: Path) -> Files:
-    """The four files, raw or .gz, in ``folder`` or its subfolder ``name``."""
+    """The four idx files, raw or .gz, in ``folder`` or its subfolder ``name``; or CIFAR-10's."""
+    if name == cifar.NAME:
+        return cifar.find(folder)
     for place in (folder / name, folder):
         candidates = {file: (place / file, place / f"{file}.gz") for file in CHECKSUMS[name]}
         found = {file: next((p for p in paths if p.is_file()), None) for file, paths in candidates.items()}
         if all(found.values()):
-            return [(path, CHECKSUMS[name][file]) for file, path in found.items() if path is not None]
+            return [path for path in found.values() if path is not None]
         if any(found.values()):
             missing = ", ".join(file for file, path in found.items() if path is None)
             raise FileNotFoundError(f"{place} lacks {missing} (raw or .gz)")
@@ -119,7 +125,7 @@ def _fetch_package(name: str, cache: Path) -> Files:
         if failure := _run(["dpkg", "-x", archive.name, "unpacked"], folder):
             raise _Unavailable(failure)
         files = _in_folder(name, folder / "unpacked" / DEBIAN_FOLDER.relative_to("/"))
-        return [(_keep(path.read_bytes(), path.name, sha256, cache), sha256) for path, sha256 in files]
+        return [_keep(name, path.read_bytes(), path.name, cache) for path in files]
 
 
 def _run(command: list[str], folder: Path) -> str | None:
@@ -135,24 +141,35 @@ def _run(command: list[str], folder: Path) -> str | None:
 
 
 def _download(name: str, cache: Path) -> Files:
-    """Download the four files into the cache."""
+    """Download the files into the cache, packed as they are offered."""
     files = []
-    for file, sha256 in CHECKSUMS[name].items():
-        address = f"{ADDRESSES[name]}/{file}.gz"
+    for file in [cifar.ARCHIVE] if name == cifar.NAME else [f"{file}.gz" for file in CHECKSUMS[name]]:
         try:
-            with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
+            with urllib.request.urlopen(f"{ADDRESSES[name]}/{file}", timeout=TIMEOUT_SECONDS) as response:
                 content = response.read()
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise _Unavailable(f"{file}.gz: {getattr(error, 'reason', error)}") from error
-        files.append((_keep(content, f"{file}.gz", sha256, cache), sha256))
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            raise _Unavailable(f"{file}: {getattr(error, 'reason', error)}") from error
+        files.append(_keep(name, content, file, cache))
     return files
 
 
-def _keep(content: bytes, file: str, sha256: str, cache: Path) -> Path:
+def _keep(name: str, content: bytes, file: str, cache: Path) -> Path:
     """Write a fetched file to the cache once its checksum holds; whole or not at all."""
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         part = Path(scratch) / file
         part.write_bytes(content)
-        read_idx(part, sha256)
+        if name == cifar.NAME:
+            cifar.read([part])
+        else:
+            read_checked(name, part)
         return part.replace(cache / file)
+
+
+def read_checked(name: str, path: Path) -> Tensor:
+    """What an idx file of a data set holds.
+
+    Raises:
+        ValueError: its checksum is wrong, or it is damaged.
+    """
+    return read_idx(path, CHECKSUMS[name][path.name.removesuffix(".gz")])

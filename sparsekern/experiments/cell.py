@@ -33,7 +33,7 @@ class Cell:
     """A network, how it is pruned and how it is trained; fields that are left alone do not show in its key.
 
     Attributes:
-        model, width, dataset: as in ``models.build`` and ``data.load``.
+        model, width, activation, dataset: as in ``models.build`` and ``data.load``.
         method: "dense", or the name of a function of :mod:`sparsekern.prune`; "grasp-absolute" is one of them.
         sparsity, blocksize, allocation, placement, balance, granularity: as in :func:`sparsekern.prune.from_scores`.
         speedup, of: in place of a sparsity, as in :func:`sparsekern.prune.in_time`.
@@ -50,6 +50,7 @@ class Cell:
 
     model: str
     width: float = 1.0
+    activation: str | None = None
     dataset: str = "fashion-mnist"
     method: str = "snip"
     sparsity: float | None = None
@@ -140,9 +141,9 @@ def _fit(model: nn.Module, dataset: data.Dataset) -> float:
 def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a cell before training, sparse unless its method is "dense", and what pruning has to say."""
     dataset = load(cell.dataset)
-    shape = tuple(dataset.train_images.shape[1:])
+    shape = dataset.train_images.shape[1:]
     generator = torch.Generator().manual_seed(cell.seed)
-    model: nn.Module = models.build(cell.model, cell.width, generator)
+    model = built(cell, generator)
     initial.fill_(model, cell.init, generator)
     if cell.method == "dense":
         return model, {}
@@ -165,6 +166,13 @@ def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
         "effective_sparsity": connections.effective_sparsity,
         "collapsed": connections.collapsed,
     } | ({"in_time": asdict(patterns.in_time)} if patterns.in_time else {})  # fmt: skip
+
+
+def built(cell: Cell, generator: torch.Generator) -> nn.Module:
+    """The dense network of a cell, for the images of its data set."""
+    channels, height, width = load(cell.dataset).train_images.shape[1:]
+    shape = channels, height, width
+    return models.build(cell.model, cell.width, generator, activation=cell.activation, image_shape=shape)
 
 
 def prune_(model: nn.Module, cell: Cell) -> prune.Patterns:

@@ -50,8 +50,9 @@ class Study:
     def value(self, place: Place, result: Mapping[str, Any]) -> float:
         """What the table shows of a cell's result."""
         key, _, index = self.metrics.get(place[1], self.metric).partition(":")
-        found: float = result[key][int(index)] if index else result[key]
-        return found
+        if index:  # a quick run has fewer
+            return float(result[key][min(int(index), len(result[key]) - 1)])
+        return float(result[key])
 
 
 def run(study: Study, name: str, out: Path, seeds: int, jobs: int, quick: bool, progress: grid.Progress) -> Path:
