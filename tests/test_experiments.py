@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekern import cli, prune
-from sparsekern.experiments import EXPERIMENTS, cell, connections, grid, initial, studies, study
+from sparsekern.experiments import EXPERIMENTS, cell, connections, grid, initial, propagation, studies, study
 from sparsekern.experiments.cell import Cell
 from sparsekern.experiments.study import Study
 
@@ -165,7 +165,7 @@ def test_the_table_shows_means_spreads_and_the_paper(tmp_path: Path) -> None:
     assert (tmp_path / "name-quick.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "connections"])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("connections", "propagation")])
 def test_every_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its cells prune, at a fraction of their width, on synthetic data."""
     seen: list[Study] = []
@@ -192,6 +192,18 @@ def test_connections_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     as_they_are = facts["correlation"]["as they are"]
     assert len(as_they_are) == 10 and min(value for row in as_they_are for value in row) > 0.3
     assert (tmp_path / "connections-quick.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_propagation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(propagation, "SCALES", (1e-2,))
+    monkeypatch.setattr(propagation, "EXAMPLES", 20)
+    table = propagation.run("propagation", tmp_path, 1, 1, True, lambda *args: None)
+    rows = json.loads(table.with_suffix(".json").read_text())["rows"]
+    # Orthogonal layers of tanh pass small signals on nearly as they are; masks do not; isometry brings that back.
+    assert rows["LDI"][0][0] > 0.2
+    for method in ("snip", "magnitude", "random"):
+        assert rows[f"LDI, {method}"][0][0] < 0.5 * rows["LDI"][0][0] < rows[f"LDI, {method}, AI"][0][0]
+    assert "| SG(0.01) |" in table.read_text() and "[0.449]" in table.read_text()
 
 
 def test_the_command_writes_what_it_shows(

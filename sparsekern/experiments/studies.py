@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import blocks, connections
+from . import blocks, connections, propagation
 from .cell import Cell
 from .grid import Progress
 from .study import Place, Study, run
@@ -220,6 +220,7 @@ def _study(make: Callable[[], Study]) -> Experiment:
 # What each does with (name, folder, seeds, processes, quick, progress): see ``study.run``.
 EXPERIMENTS: dict[str, Experiment] = {
     "connections": connections.run,
+    "propagation": propagation.run,
     **{
         name: _study(make)
         for name, make in {
