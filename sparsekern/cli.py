@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "advise": _advise,
             }[options.command]
             return run(options, console)
-    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         errors.print(f"sparsekern: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from .pattern import BlockPattern
+from .weights import weight_matrix
 
 # Layers with a weight that a reader of the report would look for. Embeddings and norms nobody expects there.
 _WEIGHTED = (
@@ -114,6 +117,25 @@ def call_with_example(model: nn.Module, *example: Any) -> Any:
         raise ValueError(
             f"example must be what the model can be called with, got {', '.join(kinds)}; the model says: {error}"
         ) from error
+
+
+def fitting_layers(model: nn.Module, patterns: Mapping[str, BlockPattern]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """{name: dense layer} of every pattern.
+
+    Raises:
+        TypeError: a pattern that is no BlockPattern.
+        ValueError: a name that is no layer that can be sparse, or a pattern of another shape than its layer's matrix.
+    """
+    layers, reasons = convertible(model)
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, BlockPattern):
+            raise TypeError(f"patterns must hold BlockPattern, got {type(pattern).__name__} for {name!r}")
+        if name not in layers:
+            raise ValueError(f"patterns names {name!r}: {reasons.get(name, 'no dense layer of the model')}")
+        shape = tuple(weight_matrix(layers[name].weight).shape)
+        if pattern.shape != shape:
+            raise ValueError(f"the pattern of layer {name!r} must have shape {shape}, got {pattern.shape}")
+    return {name: layers[name] for name in patterns}
 
 
 @contextmanager

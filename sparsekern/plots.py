@@ -39,12 +39,12 @@ def draw(out: Path, result: Mapping[str, Any], history: Sequence[Point], pattern
     """
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium"}):
         if history:
-            _save(_learning_curves(result, history), out / CURVES)
+            save(_learning_curves(result, history), out / CURVES)
         if patterns:
-            _save(_first_layer(result, *next(iter(patterns.items()))), out / FIRST_LAYER)
-            _save(_density(result, patterns), out / DENSITY)
+            save(_first_layer(result, *next(iter(patterns.items()))), out / FIRST_LAYER)
+            save(_density(result, patterns), out / DENSITY)
         if result["speedup"] is not None:
-            _save(_speedup(result), out / SPEEDUP)
+            save(_speedup(result), out / SPEEDUP)
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -56,7 +56,8 @@ def title(result: Mapping[str, Any]) -> str:
     return f"{s['model']} on {data}, {prune}, {s['sparsity']:.4g} sparse, blocks {bh}x{bw}, seed {s['seed']}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, whole or not at all."""
     FigureCanvasAgg(figure)
     part = path.with_name(f"{path.name}.part")
     figure.savefig(part, format="png", dpi=130)

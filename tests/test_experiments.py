@@ -133,7 +133,7 @@ def test_a_failure_is_named_and_the_rest_is_kept(
 ) -> None:
     file = tmp_path / "a.jsonl"
     monkeypatch.setattr(grid, "_run", fake)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(ChildProcessError, match=words):
         grid.fill([SMALL.but(seed=1), SMALL.but(seed=seed)], file, 1)
     assert list(grid.read(file)) == [SMALL.but(seed=1).key]
 

@@ -367,6 +367,53 @@ def test_a_speed_up_is_met_by_a_clock_that_counts_weights(monkeypatch: pytest.Mo
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_negative_scores_are_worth_nothing_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are signed gates, whose size counts."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    scores = {"0.weight": torch.full((64, 64), -1.0), "2.weight": torch.full((64, 64), 0.5)}
+    seen: list[dict[str, Tensor]] = []
+
+    def stop(budget: float, costs: object, ranked: dict[str, Tensor], floor: object) -> None:
+        seen.append(ranked)
+        raise InterruptedError
+
+    monkeypatch.setattr(by_time, "_within", stop)
+    pair = torch.randn(8, 64), torch.randint(64, (8,))
+    for block_score in ("mean", "gate"):
+        with pytest.raises(InterruptedError):
+            prune.in_time(model, scores, 2.0, (8, 8), pair, block_score=block_score)
+        assert bool(seen[-1]["0"].any()) == (block_score == "gate")
+        assert (seen[-1]["2"] > 0).all()
+
+
+def test_layers_that_the_cost_model_does_not_know_are_named() -> None:
+    pair = torch.randn(2, 4, 6, 6), torch.randint(4, (2,))
+    grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 10))
+    with pytest.raises(ValueError, match="layer '0' cannot be pruned by time: it has groups"):
+        prune.snip(grouped, pair, cross_entropy, speedup=2.0)
+    with pytest.raises(ValueError, match=r"layer '0' cannot be pruned by time: it is torch\.float64"):
+        prune.snip(mlp(20, 10, 4), batch(20, 4), cross_entropy, speedup=2.0)
+
+
+def test_scoring_draws_no_further_batch() -> None:
+    """A loader that shuffles would move torch's generator on."""
+    x, y = batch(6, 3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4, shuffle=True)
+    model = mlp(6, 5, 3)
+    passes = 0
+
+    class Counted:
+        def __iter__(self) -> object:
+            nonlocal passes
+            passes += 1
+            return iter(loader)
+
+    prune.force(model, Counted(), cross_entropy, 0.5, (1, 1), rounds=3)
+    assert passes == 3
+    prune.grasp(model, Counted(), cross_entropy, 0.5, (1, 1))
+    assert passes == 5
+
+
 def test_bad_speed_ups_are_named() -> None:
     model, pair = mlp(20, 10, 4).float(), (torch.randn(8, 20), torch.randint(4, (8,)))
     for keywords, words in [

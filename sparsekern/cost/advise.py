@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..eligible import convertible
 from ..prune.blocksizes import Blocksize, check_blocksize
 from ..prune.blocksizes import blocksizes as pruned_blocksizes
 from ..weights import weight_matrix
-from .layers import LayerCall, recorded_calls
+from .layers import LayerCall, recorded_calls, unmodelled
 from .table import Table, current
 
 
@@ -87,7 +86,7 @@ def advise(
     for name, layer in convertible(model)[0].items():
         rows_columns = weight_matrix(layer.weight).shape
         shape = (rows_columns[0], rows_columns[1])
-        reason = _why_not(layer, calls.get(layer, []))
+        reason = unmodelled(layer) or (None if layer in calls else "the model did not call it")
         if reason:
             rows.append(LayerAdvice(name, shape, reason=reason))
         else:
@@ -140,12 +139,3 @@ def _break_even(sparse: Callable[[float], float], dense: float) -> float | None:
         middle = (low + high) / 2
         low, high = (middle, high) if sparse(middle) > dense else (low, middle)
     return high
-
-
-def _why_not(layer: nn.Linear | nn.Conv2d, calls: Sequence[LayerCall]) -> str | None:
-    weight = layer.weight
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        return "it has groups, which the cost model does not know"
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return f"it is {weight.dtype} on {weight.device}; the cost model knows float32 on the CPU"
-    return None if calls else "the model did not call it"

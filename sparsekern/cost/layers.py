@@ -30,6 +30,16 @@ class LayerCall(NamedTuple):
     input: tuple[int, ...]
 
 
+def unmodelled(layer: nn.Linear | nn.Conv2d) -> str | None:
+    """Why the cost model cannot predict a layer, or None."""
+    weight = layer.weight
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return "it has groups, which the cost model does not know"
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return f"it is {weight.dtype} on {weight.device}; the cost model knows float32 on the CPU"
+    return None
+
+
 def work_of(layer: nn.Linear | nn.Conv2d, input: Sequence[int], output: Sequence[int]) -> Work:
     """What ``layer``, without groups, does to an input of that shape."""
     if isinstance(layer, nn.Linear):

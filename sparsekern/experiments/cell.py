@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import data, isometry, models, prune
 from ..convert import sparsify_
+from ..nn import SparseConv2d
 from ..train.loop import Recipe, Schedule, Trainer
 from ..train.measure import macs_per_layer
 from . import initial
@@ -96,10 +97,10 @@ class Cell:
 def run(cell: Cell) -> dict[str, Any]:
     """Prune, train, test. Returns plain values for JSON.
 
-    Keys: accuracy (of the last epoch), fit (accuracy on 10,000 of the training examples), curve
-    (test accuracy after each epoch), loss (training, last epoch), diverged,
-    and, for sparse networks, sparsity, densities {layer: density}, macs_kept, effective_sparsity, collapsed [layers],
-    and isometry (orthogonality score before, after, and seconds) where asked for; seconds of training.
+    Keys: accuracy (of the last epoch), fit (accuracy on 10,000 of the training examples), curve (test accuracy after
+    each epoch), loss (training, last epoch), diverged, seconds of training; and, for sparse networks, sparsity,
+    densities {layer: density}, macs_kept, effective_sparsity, collapsed [layers], and isometry (orthogonality score
+    before, after, and seconds) or in_time where asked for.
     """
     dataset = load(cell.dataset)
     model, result = prepared(cell)
@@ -141,7 +142,6 @@ def _fit(model: nn.Module, dataset: data.Dataset) -> float:
 def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a cell before training, sparse unless its method is "dense", and what pruning has to say."""
     dataset = load(cell.dataset)
-    shape = dataset.train_images.shape[1:]
     generator = torch.Generator().manual_seed(cell.seed)
     model = built(cell, generator)
     initial.fill_(model, cell.init, generator)
@@ -150,7 +150,7 @@ def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     patterns = prune_(model, cell)
     if cell.fresh:
         initial.fill_(model, "lecun", generator)
-    connections = prune.connectivity(model, patterns, shape)
+    connections = prune.connectivity(model, patterns, dataset.train_images.shape[1:])
     full = sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values())
     model.train()
     result: dict[str, Any] = {}
@@ -228,9 +228,7 @@ def _balanced(dataset: data.Dataset, generator: torch.Generator) -> list[tuple[T
 
 def best_format(model: nn.Module) -> torch.memory_format:
     """channels_last for networks with convolutions: torch's pooling is then far faster, dense and sparse."""
-    convolutional = any(len(p.shape) == 4 for p in model.parameters()) or any(
-        type(module).__name__ == "SparseConv2d" for module in model.modules()
-    )
+    convolutional = any(isinstance(module, nn.Conv2d | SparseConv2d) for module in model.modules())
     return torch.channels_last if convolutional else torch.contiguous_format
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .. import data, models, prune
-from .files import write_text
+from .. import data, models, plots, prune
+from ..files import write_text
 from .grid import Progress
+from .page import page
 
 SPARSITIES = (0.1, 0.3, 0.5, 0.7, 0.9)
 EXAMPLES = 100
@@ -56,10 +56,15 @@ def run(name: str, out: Path, seeds: int, jobs: int, quick: bool, progress: Prog
                 progress("masks", done, 2 * classes * len(SPARSITIES), "")
             shown[kind].append(row)
             correlations[kind].append(found)
-    _draw(shown, stem.with_suffix(".png"))
     facts = {"title": TITLE, "quick": quick, "seeds": seeds, "sparsities": SPARSITIES, "correlation": correlations}
     write_text(stem.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    write_text(stem.with_suffix(".md"), _markdown(correlations, stem.name, seeds, quick))
+    text = (
+        "SNIP (Lee et al., ICLR 2019), section 5.4. Share of the first layer's units that keep each pixel, pruned with "
+        f"{EXAMPLES} examples of one class; means over {seeds} seeds. The table: correlation over pixels with the "
+        "absolute values of the standardised pixels of the examples."
+    )
+    write_text(stem.with_suffix(".md"), page(TITLE, text, _table(correlations), name, seeds, quick))
+    _draw(shown, stem.with_suffix(".png"))
     return stem.with_suffix(".md")
 
 
@@ -85,7 +90,6 @@ def _draw(shown: dict[str, list[list[Tensor]]], path: Path) -> None:
     with matplotlib.rc_context({"axes.titlesize": "small"}):
         classes, columns = len(next(iter(shown.values()))), len(shown) * len(SPARSITIES)
         figure = Figure(figsize=(0.8 * columns, 0.8 * classes + 0.6), layout="constrained")
-        FigureCanvasAgg(figure)
         grid = figure.subplots(classes, columns, squeeze=False)
         for number, (kind, rows) in enumerate(shown.items()):
             for label, row in enumerate(rows):
@@ -96,27 +100,13 @@ def _draw(shown: dict[str, list[list[Tensor]]], path: Path) -> None:
                     axes.set_yticks([])
                     if label == 0:
                         axes.set_title(f"{SPARSITIES[at]:.0%}" + (f"\n{kind}" if at == 0 else "\n"))
-        part = path.with_name(f"{path.name}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, format="png", dpi=110)
-        part.replace(path)
+        plots.save(figure, path)
 
 
-def _markdown(correlations: dict[str, list[list[float]]], stem: str, seeds: int, quick: bool) -> str:
-    lines = [
-        f"# {TITLE}",
-        "",
-        "SNIP (Lee et al., ICLR 2019), section 5.4. Share of the first layer's units that keep each pixel, pruned with "
-        f"{EXAMPLES} examples of one class; means over {seeds} seeds. The table: correlation over pixels with the "
-        "absolute values of the standardised pixels of the examples.",
-        "",
-        *(["**Quick: synthetic data. These figures mean nothing.**", ""] if quick else []),
-        f"| class | {' | '.join(f'{kind}, {s:.0%}' for kind in correlations for s in SPARSITIES)} |",
-        f"|---|{'---|' * (len(correlations) * len(SPARSITIES))}",
-    ]
+def _table(correlations: dict[str, list[list[float]]]) -> list[str]:
+    columns = [f"{kind}, {sparsity:.0%}" for kind in correlations for sparsity in SPARSITIES]
+    lines = [f"| class | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for label in range(len(next(iter(correlations.values())))):
         values = [f"{value:.2f}" for rows in correlations.values() for value in rows[label]]
         lines.append(f"| {label} | {' | '.join(values)} |")
-    name = stem.removesuffix("-quick")
-    command = f"sparsekern experiment {name} --seeds {seeds}{' --quick' * quick}"
-    return "\n".join([*lines, "", f"![{TITLE}]({stem}.png)", "", f"`{command}` makes this again.", ""])
+    return lines

@@ -49,7 +49,7 @@ def fill(
         The results of all ``cells``.
 
     Raises:
-        RuntimeError: a cell that failed, or a process that died; what others gave by then is kept.
+        ChildProcessError: a cell that failed, or a process that died; what others gave by then is kept.
     """
     wanted = list(dict.fromkeys(cell.key for cell in cells))
     results = read(file)
@@ -74,8 +74,8 @@ def _computed(keys: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]
             for future in as_completed(futures):
                 try:
                     yield futures[future], future.result()
-                except Exception as error:
-                    raise RuntimeError(f"cell {futures[future]} failed: {error}") from error
+                except Exception as error:  # whatever a worker raised, or that it died: only the cell's name is added
+                    raise ChildProcessError(f"cell {futures[future]} failed: {error}") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

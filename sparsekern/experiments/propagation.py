@@ -7,18 +7,15 @@ weights of variance V; LDI: orthogonal ones; AI: approximate isometry after prun
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from .. import isometry, models
-from ..convert import sparsify_
-from . import initial
-from .cell import Cell, load, prune_
-from .files import write_text
+from .. import isometry
+from ..files import write_text
+from .cell import Cell, load, prepared
 from .grid import Progress
+from .page import page
 
 TITLE = "Jacobian singular values of mlp-7 (tanh), 90 % sparse"
 SCALES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -41,50 +38,38 @@ def run(name: str, out: Path, seeds: int, jobs: int, quick: bool, progress: Prog
     for method in ("snip", "magnitude", "random"):
         makers += [(f"LDI, {method}{', AI' * ai}", "orthogonal", method, ai) for ai in (False, True)]
     for done, (row, init, method, ai) in enumerate(makers):
-        cells = [
-            Cell("mlp-7", dataset=dataset, method=method, sparsity=0.9, init=init, seed=seed)
-            for seed in range(1, seeds + 1)
-        ]
-        rows[row] = [measured(cell, ai) for cell in cells]
+        cell = Cell("mlp-7", dataset=dataset, method=method, sparsity=0.9, init=init, isometry=ai)
+        rows[row] = [measured(cell.but(seed=seed)) for seed in range(1, seeds + 1)]
         progress("networks", done + 1, len(makers), row)
     stem = out / (f"{name}-quick" if quick else name)
-    facts = {"title": TITLE, "quick": quick, "columns": ["mean", "std", "condition", "sparsities..."], "rows": rows}
-    # A network that is cut in two has a smallest singular value of 0: JSON has no infinity.
-    write_text(stem.with_suffix(".json"), json.dumps(facts, indent=1).replace("Infinity", "null") + "\n")
-    write_text(stem.with_suffix(".md"), markdown(rows, name, seeds, quick))
+    # JSON has no infinity.
+    plain = {row: [[x if math.isfinite(x) else None for x in one] for one in found] for row, found in rows.items()}
+    facts = {"title": TITLE, "quick": quick, "columns": ["mean", "std", "condition", "sparsities..."], "rows": plain}
+    write_text(stem.with_suffix(".json"), json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    text = (
+        "A signal propagation perspective (Lee et al., ICLR 2020), table 1 and figure 2. Over all singular values of "
+        f"{EXAMPLES} test images of Fashion-MNIST; means over {seeds} seeds; in brackets the paper's figure, on MNIST. "
+        "SG(V): normal weights of variance V. LDI: orthogonal ones. AI: approximate isometry after pruning."
+    )
+    write_text(stem.with_suffix(".md"), page(TITLE, text, table(rows), name, seeds, quick, picture=False))
     return stem.with_suffix(".md")
 
 
-def measured(cell: Cell, ai: bool) -> list[float]:
+def measured(cell: Cell) -> list[float]:
     """Mean, standard deviation and condition number of the singular values, then the sparsity of each layer."""
     images = load(cell.dataset).test_images[:EXAMPLES]
-    generator = torch.Generator().manual_seed(cell.seed)
-    model: nn.Module = models.build("mlp-7", generator=generator)
-    initial.fill_(model, cell.init, generator)
-    sparsities: list[float] = []
-    if cell.method != "dense":
-        patterns = prune_(model, cell)
-        sparsities = [1 - pattern.density for pattern in patterns.values()]
-        if ai:
-            isometry.approximate_isometry_(model, patterns)
-        sparsify_(model, patterns)
+    model, facts = prepared(cell)
     # In float64: the smallest of tiny values would be noise.
     values = isometry.jacobian_singular_values(model.double(), images.double())
     least = float(values.min())
-    condition = float(values.max()) / least if least > 0 else float("inf")
+    condition = float(values.max()) / least if least > 0 else math.inf  # 0 where the network is cut in two
+    sparsities = [1 - density for density in facts.get("densities", {}).values()]
     return [float(values.mean()), float(values.std()), condition, *sparsities]
 
 
-def markdown(rows: dict[str, list[list[float]]], name: str, seeds: int, quick: bool) -> str:
-    """The table, and what it has to be read with."""
+def table(rows: dict[str, list[list[float]]]) -> list[str]:
+    """Means over seeds."""
     lines = [
-        f"# {TITLE}",
-        "",
-        "A signal propagation perspective (Lee et al., ICLR 2020), table 1 and figure 2. Over all singular values of "
-        f"{EXAMPLES} test images of Fashion-MNIST; means over {seeds} seeds; in brackets the paper's figure, on MNIST. "
-        "SG(V): normal weights of variance V. LDI: orthogonal ones. AI: approximate isometry after pruning.",
-        "",
-        *(["**Quick: synthetic data. These figures mean nothing.**", ""] if quick else []),
         "| weights | mean | standard deviation | condition number | sparsity of layers 1 to 7 |",
         "|---|---|---|---|---|",
     ]
@@ -95,5 +80,4 @@ def markdown(rows: dict[str, list[list[float]]], name: str, seeds: int, quick: b
             if row == f"SG({scale:g})":
                 texts[:2] = [f"{text} [{figure:.3g}]" for text, figure in zip(texts, paper, strict=False)]
         lines.append(f"| {row} | {' | '.join(texts)} | {' '.join(f'{value:.2f}' for value in means[3:])} |")
-    command = f"sparsekern experiment {name} --seeds {seeds}{' --quick' * quick}"
-    return "\n".join([*lines, "", f"`{command}` makes this again.", ""])
+    return lines

@@ -198,15 +198,6 @@ def placements(model: str, width: float = 1.0) -> Callable[[], Study]:
     return study
 
 
-def by_time() -> Study:
-    """Scores per predicted microsecond beside one ranking of all scores, both 5 times as fast as dense."""
-    cells = {}
-    for base in (LENET_5, Cell("simple-cnn", epochs=3)):
-        fast = base.but(speedup=5.0, of="inference", blocksize=(8, 8))
-        cells[base.model, "score per time, 5x"] = fast
-    return Study("Masks by time", "Ours", cells, "network \\ mask")
-
-
 Experiment = Callable[[str, Path, int, int, bool, Progress], Path]
 
 

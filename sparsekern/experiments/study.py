@@ -12,12 +12,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .. import plots
+from ..files import write_text
 from . import grid
 from .cell import Cell
-from .files import write_text
+from .page import page
 
 Place = tuple[str, str]  # (row, column)
 MANY, REACH = 8, 12
@@ -116,22 +117,15 @@ def markdown(study: Study, name: str, values: Mapping[Place, list[float]], quick
     numbers = sorted({len(found) for found in values.values()})
     seeds = numbers[-1]
     over = f"{seeds} seeds" if len(numbers) == 1 else f"{numbers[0]} to {seeds} seeds (not all are done)"
-    lines = [
-        f"# {study.title}",
-        "",
+    text = (
         f"{study.source}. Mean ± standard deviation of {study.metric}, in %, over {over}"
-        f"{'; in brackets the figure of the paper' if study.paper else ''}. {study.note}".strip(),
-        "",
-        *(["**Quick: one epoch on synthetic data. These figures mean nothing.**", ""] if quick else []),
-        f"| {study.columns} | {' | '.join(columns)} |",
-        f"|---|{'---|' * len(columns)}",
-    ]
+        f"{'; in brackets the figure of the paper' if study.paper else ''}. {study.note}"
+    )
+    lines = [f"| {study.columns} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for row in rows:
         texts = [_text(values.get((row, column)), study.paper.get((row, column))) for column in columns]
         lines.append(f"| {row} | {' | '.join(texts)} |")
-    stem = f"{name}-quick" if quick else name
-    command = f"sparsekern experiment {name} --seeds {seeds}{' --quick' * quick}"
-    return "\n".join([*lines, "", f"![{study.title}]({stem}.png)", "", f"`{command}` makes this again.", ""])
+    return page(study.title, text, lines, name, seeds, quick)
 
 
 def _text(found: list[float] | None, paper: str | None) -> str:
@@ -156,7 +150,6 @@ def draw(study: Study, values: Mapping[Place, list[float]], path: Path) -> None:
     columns = [column for column in columns if any((row, column) in values for row in rows if row not in levels)]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(max(8, 4.5 * len(panels)), 5), layout="constrained")
-        FigureCanvasAgg(figure)
         for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             _panel(axes, [(line.removeprefix(f"{panel}, "), line) for line in lines], columns, values)
             for row in levels:
@@ -168,9 +161,7 @@ def draw(study: Study, values: Mapping[Place, list[float]], path: Path) -> None:
             if len(lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
         figure.suptitle(study.title, fontsize=10)
-        part = path.with_name(f"{path.name}.part")
-        figure.savefig(part, format="png", dpi=110)
-        part.replace(path)
+        plots.save(figure, path)
 
 
 def _panel(axes: Axes, lines: list[tuple[str, str]], columns: list[str], values: Mapping[Place, list[float]]) -> None:

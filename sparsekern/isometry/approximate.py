@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparsekern.eligible import convertible
+from sparsekern.eligible import convertible, fitting_layers
 from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.pattern import BlockPattern
 from sparsekern.weights import weight_from_matrix, weight_matrix
@@ -124,16 +124,7 @@ def _layers(
         if not found:
             found = {name: (layer, None) for name, layer in convertible(model)[0].items()}
     else:
-        dense, reasons = convertible(model)
-        for name, pattern in patterns.items():
-            if not isinstance(pattern, BlockPattern):
-                raise TypeError(f"patterns must hold BlockPattern, got {type(pattern).__name__} for {name!r}")
-            if name not in dense:
-                raise ValueError(f"patterns names {name!r}: {reasons.get(name, 'no dense layer of the model')}")
-            shape = tuple(weight_matrix(dense[name].weight).shape)
-            if pattern.shape != shape:
-                raise ValueError(f"the pattern of layer {name!r} must have shape {shape}, got {pattern.shape}")
-            found[name] = (dense[name], pattern)
+        found = {name: (layer, patterns[name]) for name, layer in fitting_layers(model, patterns).items()}
     if not found:
         raise ValueError("model has no layer to work on")
     return found

@@ -1,8 +1,8 @@
 """Pruning to a speed-up instead of a sparsity: scores compete per predicted microsecond of this machine.
 
-A global ranking by score spends most of the time where weights are cheap to rank and dear to run: SNIP at 90 % keeps
-38 % of LeNet-5's multiply-adds. Here every weight is ranked by its score over the time that the cost model
-(``sparsekern.cost``) predicts for it, the predicted budget is corrected by measurements, and both are reported.
+A global ranking by score says nothing of time: a weight of a convolution is used at every pixel. Here every weight is
+ranked by its score over the time that the cost model (``sparsekern.cost``) predicts for it, the predicted budget is
+corrected by measurements, and both are reported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from ..convert import sparsify_
 from ..cost import table as cost_table
-from ..cost.layers import LayerCall, recorded_calls, sparse_layer, timed_calls
+from ..cost.layers import LayerCall, recorded_calls, sparse_layer, timed_calls, unmodelled
 from ..eligible import convertible
 from ..frozen import freeze
-from ..timing import interleaved, keep_freed_memory
+from ..timing import interleaved
 from ..timing import speedup as ratio
-from .arguments import chosen_layers
+from .arguments import checked_scores, chosen_layers
 from .blocksizes import Blocksize, blocksizes
 from .patterns import Patterns
-from .scores.gradients import Scores, parameter_name
+from .scores.gradients import Scores
 from .selection import Selection, from_scores
 
 Of = Literal["inference", "eval", "step"]
@@ -137,10 +137,16 @@ def in_time(
         raise ValueError("placement 'global' cannot be given with speedup: blocks are placed layer by layer")
     if of == "step" and loss_fn is None:
         raise ValueError("loss_fn must be given for of='step'")
-    keep_freed_memory()
     inputs, target = example
     layers = chosen_layers(model, selection.get("exclude", ()))
-    calls = {name: call for name, layer in layers.items() if (call := recorded_calls(model, inputs).get(layer))}
+    weights, _ = checked_scores(layers, scores)
+    if selection.get("block_score") == "gate":
+        weights = {name: score.abs() for name, score in weights.items()}
+    for name, layer in layers.items():
+        if reason := unmodelled(layer):
+            raise ValueError(f"layer {name!r} cannot be pruned by time: {reason}; exclude it")
+    recorded = recorded_calls(model, inputs)
+    calls = {name: recorded[layer] for name, layer in layers.items() if layer in recorded}
     table = cost_table.current()
     products = ("forward",) if of != "step" else None
     costs = {
@@ -149,10 +155,7 @@ def in_time(
     }
     if not costs:
         raise ValueError("model must call a layer that can be sparse on the example")
-    ranked = {
-        name: (scores[parameter_name(name, "weight")].double().cpu().abs().flatten() / cost.slope).sort().values
-        for name, cost in costs.items()
-    }
+    ranked = {name: (weights[name].flatten().clamp_min(0) / cost.slope).sort().values for name, cost in costs.items()}
     dense_run = _runner(copy.deepcopy(model), inputs, target, of, loss_fn)
     dense_total = sum(cost.dense for cost in costs.values())
     minimum = selection.get("min_blocks", 1)

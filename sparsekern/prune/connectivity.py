@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eligible import convertible, evaluating
+from ..eligible import convertible, evaluating, fitting_layers
 from ..pattern import BlockPattern, tile
 from ..weights import weight_from_matrix, weight_matrix
 from .patterns import Patterns
@@ -158,17 +158,11 @@ def reconnect(
 
 def _masks(model: nn.Module, patterns: Mapping[str, BlockPattern]) -> dict[str, Tensor]:
     """1 for every kept weight, 0 elsewhere, as float64 matrices, for all layers of the model."""
-    layers, reasons = convertible(model)
+    fitting_layers(model, patterns)
     masks = {}
-    for name in patterns:
-        if name not in layers:
-            raise ValueError(f"patterns names {name!r}: {reasons.get(name, 'no dense layer of the model')}")
-    for name, layer in layers.items():
-        shape = tuple(weight_matrix(layer.weight).shape)
-        if name in patterns and patterns[name].shape != shape:
-            raise ValueError(f"the pattern of layer {name!r} must have shape {shape}, got {patterns[name].shape}")
-        mask = patterns[name].to_element_mask().cpu() if name in patterns else torch.ones(shape)
-        masks[name] = mask.double()
+    for name, layer in convertible(model)[0].items():
+        whole = torch.ones(weight_matrix(layer.weight).shape)
+        masks[name] = (patterns[name].to_element_mask().cpu() if name in patterns else whole).double()
     return masks
 
 

@@ -43,11 +43,11 @@ def _select(
     sparsity: float | None,
     blocksize: BlocksizeArgument,
     rules: Rules,
-    example: tuple[Any, Any] | None = None,
+    batches: Batches | None = None,
     loss_fn: LossFn | None = None,
 ) -> Patterns:
     """:func:`from_scores`, or :func:`in_time` where a speed-up is asked for."""
-    asked, of, example = rules.get("speedup"), rules.get("of"), rules.get("example", example)
+    asked, of, example = rules.get("speedup"), rules.get("of"), rules.get("example")
     selection: Any = {key: value for key, value in rules.items() if key in Selection.__annotations__}
     if asked is None:
         for name in ("of", "example"):
@@ -56,6 +56,8 @@ def _select(
         if blocksize is None:
             raise ValueError("blocksize=None goes with speedup; give a pair such as (8, 8)")
         return from_scores(model, found, sparsity, blocksize, **selection)
+    if example is None and batches is not None:
+        example = next(pairs(batches))
     if example is None:
         raise ValueError("example must be given with speedup: an (input, target) batch of the size that matters")
     return in_time(model, found, asked, blocksize, example, of=of or "inference", loss_fn=loss_fn, **selection)
@@ -74,6 +76,11 @@ def _default(sparsity: float | None, rules: Rules) -> float | None:
         if sparsity is None
         else sparsity
     )
+
+
+def _of_rounds(sparsity: float, rules: Rules) -> float | None:
+    """The sparsity to prune to, where rounds end at ``sparsity``."""
+    return sparsity if rules.get("speedup") is None else None
 
 
 def snip(
@@ -113,10 +120,9 @@ def snip(
     """
     if biases not in get_args(Biases):
         raise ValueError(f"biases must be one of {get_args(Biases)}, got {biases!r}")
-    wanted, example = _default(sparsity, rules), None
-    if wanted is None and "example" not in rules and "speedup" in rules:
-        batches = list(pairs(batches))  # the first batch is what is timed; scores need all of them
-        example = batches[0]
+    wanted = _default(sparsity, rules)
+    if rules.get("speedup") is not None:
+        batches = list(pairs(batches))  # scores need all of them, and the first is what is timed
     found = scores.snip(
         model,
         batches,
@@ -125,7 +131,7 @@ def snip(
         signed=rules.get("block_score") == "gate",
         biases=biases == "score",
     )
-    return _select(model, found, wanted, blocksize, rules, example, loss_fn)
+    return _select(model, found, wanted, blocksize, rules, batches, loss_fn)
 
 
 def random(
@@ -171,7 +177,7 @@ def grasp(
     :func:`from_scores`."""
     wanted = _default(sparsity, rules)
     found = scores.grasp(model, batches, loss_fn, absolute=absolute)
-    return _select(model, found, wanted, blocksize, rules, next(pairs(batches)), loss_fn)
+    return _select(model, found, wanted, blocksize, rules, batches, loss_fn)
 
 
 def synflow(
@@ -186,7 +192,7 @@ def synflow(
     """Prune by SynFlow, without data. Arguments and errors as in
     :func:`scores.synflow <sparsekern.prune.scores.synflow>` and :func:`from_scores`."""
     found = scores.synflow(model, image_shape, sparsity, rounds=rounds)
-    return _select(model, found, None if "speedup" in rules else sparsity, blocksize, rules)
+    return _select(model, found, _of_rounds(sparsity, rules), blocksize, rules)
 
 
 def iterative_snip(
@@ -202,8 +208,7 @@ def iterative_snip(
     """Prune by SNIP in rounds; with ``speedup``, ``sparsity`` is where the rounds end. Arguments and errors as in
     :func:`scores.iterative_snip <sparsekern.prune.scores.iterative_snip>` and :func:`from_scores`."""
     found = scores.iterative_snip(model, batches, loss_fn, sparsity, rounds=rounds)
-    wanted = None if "speedup" in rules else sparsity
-    return _select(model, found, wanted, blocksize, rules, next(pairs(batches)), loss_fn)
+    return _select(model, found, _of_rounds(sparsity, rules), blocksize, rules, batches, loss_fn)
 
 
 def force(
@@ -219,8 +224,7 @@ def force(
     """Prune by FORCE; with ``speedup``, ``sparsity`` is where the rounds end. Arguments and errors as in
     :func:`scores.force <sparsekern.prune.scores.force>` and :func:`from_scores`."""
     found = scores.force(model, batches, loss_fn, sparsity, rounds=rounds)
-    wanted = None if "speedup" in rules else sparsity
-    return _select(model, found, wanted, blocksize, rules, next(pairs(batches)), loss_fn)
+    return _select(model, found, _of_rounds(sparsity, rules), blocksize, rules, batches, loss_fn)
 
 
 def shuffle(patterns: Mapping[str, BlockPattern], generator: torch.Generator | None = None) -> Patterns:

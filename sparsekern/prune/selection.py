@@ -117,9 +117,10 @@ def from_scores(
         floors[name] = max(min(min_blocks * int(grid.sizes.max()), size), math.ceil(min_density * size - 1e-9))
         ceilings[name] = max(math.floor(max_density * size + 1e-9), floors[name])
     total = sum(score.numel() for score in flat.values())
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    given = all_named(allocation, layers) if isinstance(allocation, Mapping) else {}
     if sparsity is None:
-        assert isinstance(allocation, Mapping)
-        kept = sum(round(density * weights[name].numel()) for name, density in all_named(allocation, layers).items())
+        kept = sum(round(density * weights[name].numel()) for name, density in given.items())
     else:
         kept = round(total * (1 - sparsity))
     if sum(floors.values()) > kept:
@@ -138,11 +139,9 @@ def from_scores(
         if allocation == "global":
             targets = {name: int(ranked[name].sum()) for name in layers}
         else:
-            shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+            wanted = given
             if isinstance(allocation, str):
                 wanted = densities(shapes, allocation, kept / sum(map(math.prod, shapes.values())))
-            else:
-                wanted = all_named(allocation, layers)
             sizes = {name: wanted[name] * math.prod(shape) for name, shape in shapes.items()}
             targets = exact_counts(sizes, kept, floors, ceilings)
         bias_masks = {name: ranked[name] for name in biases}

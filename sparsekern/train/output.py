@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import plots
+from ..files import write_text
 from .loop import Point
 
 RESULT, HISTORY, MODEL = "result.json", "history.csv", "model.safetensors"
@@ -35,11 +36,5 @@ def write(out: Path, result: Mapping[str, Any], history: Iterable[Point]) -> Non
     table = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
     table.writeheader()
     table.writerows(asdict(point) for point in history)
-    _write_text(out / HISTORY, text.getvalue())
-    _write_text(out / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(out / HISTORY, text.getvalue())
+    write_text(out / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -31,7 +33,7 @@ def grasp(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise TypeError(f"batches must be a collection that can be iterated twice, got {type(batches).__name__}")
 
     def cooled(output: torch.Tensor, target: object) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ def force(model: nn.Module, batches: Batches, loss_fn: LossFn, sparsity: float, 
 def _progressively(
     model: nn.Module, batches: Batches, loss_fn: LossFn, sparsity: float, rounds: int, *, revive: bool
 ) -> Scores:
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise TypeError(
             f"batches must be a collection that can be iterated {rounds} times, got {type(batches).__name__}"
         )

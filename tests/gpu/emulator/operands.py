@@ -142,12 +142,19 @@ class Builder:
         matrix = number in self.matrix and not raw
         if width == 1 or width // 8 == dtype.itemsize:
             if width == 1 or dtype == UNSIGNED[dtype.itemsize]:
-                get: Get = lambda m, lanes: m.registers[number][lanes.index]  # noqa: E731
+
+                def get(m: Machine, lanes: Lanes) -> np.ndarray:
+                    return m.registers[number][lanes.index]
             else:
-                get = lambda m, lanes: m.registers[number][lanes.index].view(dtype)  # noqa: E731
+
+                def get(m: Machine, lanes: Lanes) -> np.ndarray:
+                    return m.registers[number][lanes.index].view(dtype)
         else:
             narrow = UNSIGNED[dtype.itemsize]
-            get = lambda m, lanes: m.registers[number][lanes.index].astype(narrow).view(dtype)  # noqa: E731
+
+            def get(m: Machine, lanes: Lanes) -> np.ndarray:
+                return m.registers[number][lanes.index].astype(narrow).view(dtype)
+
         if not watched and not matrix:
             return get
 

@@ -128,7 +128,7 @@ class Kernel:
         kind = re.sub(r"^[usf](?=\d)", "b", match[1]) if match else ""
         if kind not in WIDTHS:
             raise EmulatorError(f"line {line}: register type not modelled: {statement}")
-        for declared in match[2].split(","):  # type: ignore[index]
+        for declared in match[2].split(","):
             name, _, count = declared.strip().rstrip(">").partition("<")
             for one in [f"{name}{i}" for i in range(int(count))] if count else [name]:
                 unique = f"{one}@{scope}" if scope else one

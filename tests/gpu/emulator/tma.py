@@ -113,7 +113,7 @@ class Access:
         )
 
 
-def operands(b: Builder, tensor: str, shared: str):  # type: ignore[no-untyped-def]
+def operands(b: Builder, tensor: str, shared: str):
     match = re.fullmatch(r"\[\s*([^,\s]+)\s*,\s*\{(.*)\}\s*\]", tensor)
     if not match:
         raise EmulatorError(f"tensor operand {tensor!r} is not modelled")
@@ -176,7 +176,7 @@ def store(b: Builder, i: Instruction) -> Step:
         count(m, access, store=True)
         m.bulk.add(lanes.ids, [access.cells, access.place, access.source, access.inside], finish(access.piece))
 
-    def finish(piece: int):  # type: ignore[no-untyped-def]
+    def finish(piece: int):
         def write(m: Machine, threads: np.ndarray, data: list[np.ndarray]) -> None:
             cells, place, source, inside = data
             m.globals.view(piece)[source[inside] // piece] = m.shared.view(piece)[place[inside] // piece]
