@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import random
 import resource
@@ -78,6 +79,23 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
     down for a while, both samples of a round are slow and their ratio still holds.
     """
     return _quantiles([s / f for s, f in zip(slow.samples, fast.samples, strict=True)])
+
+
+def equal_time_scale(
+    slower: Callable[[float], bool], *, smallest: float = 0.003, tries: int = 10, limit_seconds: float = 5.0
+) -> float:
+    """The scale in [``smallest``, 1] above which ``slower(scale)``, by bisection of its logarithm.
+
+    Each try is a timing of its own. No further one is begun after ``limit_seconds``.
+    """
+    low, high = math.log(smallest), 0.0
+    start = time.perf_counter()
+    for done in range(tries):
+        if done and time.perf_counter() - start > limit_seconds:
+            break
+        middle = (low + high) / 2
+        low, high = (low, middle) if slower(math.exp(middle)) else (middle, high)
+    return math.exp((low + high) / 2)
 
 
 def keep_freed_memory() -> bool:

@@ -8,9 +8,22 @@ import pytest
 import torch
 
 from sparsekern import cli, prune
-from sparsekern.experiments import EXPERIMENTS, cell, connections, grid, initial, propagation, studies, study
+from sparsekern.experiments import (
+    EXPERIMENTS,
+    blocks,
+    cell,
+    connections,
+    equal_time,
+    frontier,
+    grid,
+    initial,
+    propagation,
+    studies,
+    study,
+)
 from sparsekern.experiments.cell import Cell
 from sparsekern.experiments.study import Study
+from sparsekern.timing import Timing
 
 SMALL = Cell("lenet-300-100", width=0.1, dataset="synthetic", epochs=1, images=100)
 
@@ -101,6 +114,48 @@ def test_initial_weights_have_their_variance(name: str, variance: float) -> None
     assert float(model.weight.detach().abs().max()) <= 0.2
 
 
+# ---- equal time -----------------------------------------------------------------------------------------------------
+
+
+def weights_clock(candidates: dict[str, torch.nn.Module], **rest: object) -> dict[str, Timing]:
+    """Seconds: 1 and the weights that are kept."""
+    kept = {name: sum(p.numel() for p in network.parameters() if p.dim() > 1) for name, network in candidates.items()}
+    return {name: Timing((1.0 + number,) * 5) for name, number in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "dense"}, {"by": "sparsity", "blocksize": (2, 2)}, {"by": "sparsity", "method": "random"}]
+)
+def test_an_equal_time_is_searched_by_the_clock(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_time, "interleaved", weights_clock)
+    monkeypatch.setattr(equal_time, "runner", lambda model, *rest: model)
+    monkeypatch.setattr(equal_time, "dense_runner", lambda model, *rest: model)
+    given = SMALL.but(width=0.5, speedup=4.0, **changes)
+    model, facts = cell.prepared(given)
+    assert facts["speedup"]["p50"] == pytest.approx(4, rel=0.1)
+    dense = sum(p.numel() for p in cell.built(given, torch.Generator()).parameters() if p.dim() > 1)
+    kept = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert dense / kept == pytest.approx(4, rel=0.1)
+    assert (facts["width"] < 0.3) == (given.method == "dense")
+    with pytest.raises(ValueError, match=r"no scale gives 1e\+06x of inference: 0\.00.* gives"):
+        cell.prepared(given.but(speedup=1e6))
+
+
+def test_how_a_speed_up_is_reached_must_be_known() -> None:
+    with pytest.raises(ValueError, match="by must be 'time' or 'sparsity', got 'luck'"):
+        cell.prepared(SMALL.but(speedup=2.0, by="luck"))
+
+
+def test_what_is_measured_for_inference_is_frozen_and_nothing_changes() -> None:
+    dense = cell.built(SMALL, torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    batch = cell._step(SMALL)
+    for of in ("inference", "step"):
+        found = equal_time.measured(dense, dense, batch, of)
+        assert 0.2 < found["p50"] < 20
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
 # ---- many cells -----------------------------------------------------------------------------------------------------
 
 
@@ -151,21 +206,28 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_the_table_shows_means_spreads_and_the_paper(tmp_path: Path) -> None:
     places = {("a", "x"): SMALL, ("a", "y"): SMALL.but(sparsity=0.5), ("b", "y"): SMALL.but(sparsity=0.6)}
     made = Study("A title", "A paper", places, "row \\ column", {("a", "y"): "error 3.1"}, metrics={"y": "curve:1"})
+    places["b", "fast"], made.metrics["fast"] = places["b", "y"], "speedup:p50"
     file = tmp_path / "name-quick.jsonl"
     for seed, offset in ((1, -0.1), (2, 0.1)):
-        for value, of in zip((0.5, 0.6, 0.7), places.values(), strict=True):
-            found = {"accuracy": value + offset, "curve": [0, value - offset]}
+        for value, of in zip((0.5, 0.6, 0.7), list(places.values())[:3], strict=True):
+            found = {"accuracy": value + offset, "curve": [0, value - offset], "speedup": {"p50": 5 + offset}}
             grid._append(file, study.small(of).but(seed=seed).key, found)
     table = study.run(made, "name", tmp_path, 2, 1, True, lambda *args: None)
     text = table.read_text()
-    assert "| a | 50.00 ± 14.14 | 60.00 ± 14.14 [error 3.1] |" in text and "| b |  | 70.00 ± 14.14 |" in text
+    assert (
+        "| a | 50.00 ± 14.14 | 60.00 ± 14.14 [error 3.1] |" in text
+        and "| b |  | 70.00 ± 14.14 | 5.00 ± 0.14x |" in text
+    )
     assert "These figures mean nothing" in text
     facts = json.loads((tmp_path / "name-quick.json").read_text())
     assert facts["cells"][1]["values"] == pytest.approx([0.7, 0.5]) and facts["cells"][1]["paper"] == "error 3.1"
     assert (tmp_path / "name-quick.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("connections", "propagation")])
+OTHERS = ("connections", "propagation", *(name for name in EXPERIMENTS if name.startswith("time-")))
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in OTHERS])
 def test_every_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its cells prune, at a fraction of their width, on synthetic data."""
     seen: list[Study] = []
@@ -183,6 +245,31 @@ def test_every_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) ->
             patterns = cell.prune_(model, tiny)
             assert isinstance(patterns, prune.Patterns)
             assert patterns.achieved == pytest.approx(of.sparsity, abs=1e-2)
+
+
+def test_time_is_measured_and_shown_beside_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracies come from the block study's file, whose cells are the same; what has none is left out."""
+    base = Cell("lenet-300-100", width=0.2)
+    few = {line: frontier.LINES[line] for line in ("1x1, global SNIP", "8x8")}
+    monkeypatch.setattr(frontier, "LINES", few)
+    monkeypatch.setattr(frontier, "WIDTHS", (1.0, 0.5))
+    monkeypatch.setattr(blocks, "SPARSITIES", (0.9, 0.5))
+    cells, of_blocks = frontier.cells(base), blocks.cells(base)
+    assert cells["8x8", "90%"] == of_blocks["90%, draw, rows and columns even", "8x8"]
+    assert cells["1x1, global SNIP", "50%"] == of_blocks["50%, global", "1x1"]
+    assert cells[frontier.NARROW, "width 0.5"].width == 0.1
+    for accuracy, one in zip((0.8, 0.7, 0.6, 0.5, 0.4), cells.values(), strict=False):
+        grid._append(tmp_path / "blocks-a-quick.jsonl", study.small(one).but(seed=1).key, {"accuracy": accuracy})
+    table = frontier.run(base, "time-a", tmp_path, 2, 0, True, lambda *args: None)
+    rows = json.loads((tmp_path / "time-a-quick.json").read_text())["rows"]
+    assert [row["accuracies"] for row in rows] == [[0.8], [0.7], [0.6], [0.5], [0.4]]
+    assert [row["line"] for row in rows] == [frontier.NARROW] * 2 + ["1x1, global SNIP"] * 2 + ["8x8"]
+    for row in rows:
+        assert all(0.05 < row[of]["p20"] <= row[of]["p50"] <= row[of]["p80"] < 50 for of in ("step", "inference"))
+    assert "| 8x8, 50% | 40.00 |" in table.read_text()
+    assert (tmp_path / "time-a-quick.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match=r"blocks-b-quick\.jsonl holds no result"):
+        frontier.run(base, "time-b", tmp_path, 1, 0, True, lambda *args: None)
 
 
 def test_connections_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

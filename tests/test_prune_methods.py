@@ -352,7 +352,7 @@ def test_a_speed_up_is_met_by_a_clock_that_counts_weights(monkeypatch: pytest.Mo
             seconds[name] = Timing((1 + 9 * kept / total,) * 5)
         return seconds
 
-    monkeypatch.setattr(by_time, "_runner", runner)
+    monkeypatch.setattr(by_time, "runner", runner)
     monkeypatch.setattr(by_time, "interleaved", clock)
     before = copy.deepcopy(model.state_dict())
     for asked in (2.0, 4.0):

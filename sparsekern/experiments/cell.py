@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from .. import data, isometry, models, prune
 from ..convert import sparsify_
 from ..nn import SparseConv2d
+from ..prune.by_time import Of
 from ..train.loop import Recipe, Schedule, Trainer
 from ..train.measure import macs_per_layer
-from . import initial
+from . import equal_time, initial
 
 # Labels of the pruning batch, as losses.
 LOSSES: dict[str, prune.scores.LossFn] = {
@@ -37,7 +39,9 @@ class Cell:
         model, width, activation, dataset: as in ``models.build`` and ``data.load``.
         method: "dense", or the name of a function of :mod:`sparsekern.prune`; "grasp-absolute" is one of them.
         sparsity, blocksize, allocation, placement, balance, granularity: as in :func:`sparsekern.prune.from_scores`.
-        speedup, of: in place of a sparsity, as in :func:`sparsekern.prune.in_time`.
+        speedup, of: in place of a sparsity, as in :func:`sparsekern.prune.in_time`; a "dense" network is as much
+            narrower.
+        by: "time" ranks by score over time for a speed-up; "sparsity" prunes as usual, as far as the speed-up takes.
         labels: "true", "predicted" or "uniform", of the pruning batch.
         prune_on: another data set to prune on.
         images: of the pruning batch.
@@ -55,13 +59,14 @@ class Cell:
     dataset: str = "fashion-mnist"
     method: str = "snip"
     sparsity: float | None = None
-    blocksize: tuple[int, int] = (1, 1)
+    blocksize: tuple[int, int] | None = (1, 1)
     allocation: str = "global"
     placement: prune.Placement = "auto"
     balance: prune.Balance = "auto"
     granularity: str = "block"
     speedup: float | None = None
-    of: str | None = None
+    of: Of = "inference"
+    by: str = "time"
     labels: str = "true"
     prune_on: str | None = None
     images: int = 1000
@@ -85,7 +90,7 @@ class Cell:
     def from_key(cls, key: str) -> Cell:
         """The cell of that key."""
         given = json.loads(key)
-        if "blocksize" in given:
+        if given.get("blocksize"):
             given["blocksize"] = tuple(given["blocksize"])
         return cls(**given)
 
@@ -100,7 +105,8 @@ def run(cell: Cell) -> dict[str, Any]:
     Keys: accuracy (of the last epoch), fit (accuracy on 10,000 of the training examples), curve (test accuracy after
     each epoch), loss (training, last epoch), diverged, seconds of training; and, for sparse networks, sparsity,
     densities {layer: density}, macs_kept, effective_sparsity, collapsed [layers], and isometry (orthogonality score
-    before, after, and seconds) or in_time where asked for.
+    before, after, and seconds) or in_time where asked for; for a speed-up what was measured of it, and width or
+    sparsity.
     """
     dataset = load(cell.dataset)
     model, result = prepared(cell)
@@ -140,32 +146,79 @@ def _fit(model: nn.Module, dataset: data.Dataset) -> float:
 
 
 def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a cell before training, sparse unless its method is "dense", and what pruning has to say."""
+    """The network of a cell before training, sparse unless its method is "dense", and what was done to get it.
+
+    Raises:
+        ValueError: what the cell asks for cannot be had.
+    """
     dataset = load(cell.dataset)
     generator = torch.Generator().manual_seed(cell.seed)
     model = built(cell, generator)
     initial.fill_(model, cell.init, generator)
-    if cell.method == "dense":
-        return model, {}
-    patterns = prune_(model, cell)
-    if cell.fresh:
-        initial.fill_(model, "lecun", generator)
-    connections = prune.connectivity(model, patterns, dataset.train_images.shape[1:])
-    full = sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values())
-    model.train()
     result: dict[str, Any] = {}
-    if cell.isometry:
-        start = time.perf_counter()
-        report = isometry.approximate_isometry_(model, patterns)
-        result["isometry"] = [report.before, report.after, time.perf_counter() - start]
-    sparsify_(model, patterns)
-    return model, result | {
-        "sparsity": patterns.achieved,
-        "densities": {name: pattern.density for name, pattern in patterns.items()},
-        "macs_kept": sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values()) / full,
-        "effective_sparsity": connections.effective_sparsity,
-        "collapsed": connections.collapsed,
-    } | ({"in_time": asdict(patterns.in_time)} if patterns.in_time else {})  # fmt: skip
+    dense = None
+    if cell.speedup is not None:
+        dense = copy.deepcopy(model.to(memory_format=best_format(model)))  # type: ignore[call-overload]  # not in torch's stubs
+        cell, model = _in_time(cell, model)
+        result = {"width": cell.width, "asked_sparsity": cell.sparsity}
+    if cell.method != "dense":
+        patterns = prune_(model, cell)
+        if cell.fresh:
+            initial.fill_(model, "lecun", generator)
+        connections = prune.connectivity(model, patterns, dataset.train_images.shape[1:])
+        full = sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values())
+        model.train()
+        if cell.isometry:
+            start = time.perf_counter()
+            report = isometry.approximate_isometry_(model, patterns)
+            result["isometry"] = [report.before, report.after, time.perf_counter() - start]
+        sparsify_(model, patterns)
+        result |= {
+            "sparsity": patterns.achieved,
+            "densities": {name: pattern.density for name, pattern in patterns.items()},
+            "macs_kept": sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values()) / full,
+            "effective_sparsity": connections.effective_sparsity,
+            "collapsed": connections.collapsed,
+        }
+        if patterns.in_time:
+            result["in_time"] = asdict(patterns.in_time)
+        model.train()
+    if dense is not None:
+        result["speedup"] = equal_time.measured(dense, model, _step(cell), cell.of)
+    return model, result
+
+
+def _in_time(cell: Cell, model: nn.Module) -> tuple[Cell, nn.Module]:
+    """The cell with the width or the sparsity at which its network has the speed-up, and the dense network of it."""
+    if cell.by not in ("time", "sparsity"):
+        raise ValueError(f"by must be 'time' or 'sparsity', got {cell.by!r}")
+    assert cell.speedup is not None
+    batch, speedup = _step(cell), cell.speedup
+
+    def narrow(width: float) -> nn.Module:
+        generator = torch.Generator().manual_seed(cell.seed)
+        other = built(cell.but(width=width), generator)
+        initial.fill_(other, cell.init, generator)
+        return other.to(memory_format=best_format(other))  # type: ignore[call-overload]  # not in torch's stubs
+
+    def sparse(density: float) -> nn.Module:
+        other = copy.deepcopy(model)
+        sparsify_(other, prune_(other, cell.but(speedup=None, sparsity=1 - density)))
+        return other
+
+    if cell.method == "dense":
+        width = cell.width * equal_time.scale(model, lambda w: narrow(w * cell.width), speedup, batch, cell.of)
+        return cell.but(width=width), narrow(width)
+    if cell.by == "sparsity":
+        density = equal_time.scale(model, sparse, speedup, batch, cell.of)
+        return cell.but(speedup=None, sparsity=1 - density), model
+    return cell, model
+
+
+def _step(cell: Cell) -> tuple[Tensor, Tensor]:
+    """A batch of the training's size, as it is timed."""
+    dataset = load(cell.dataset)
+    return dataset.train_images[: cell.batch_size], dataset.train_labels[: cell.batch_size]
 
 
 def built(cell: Cell, generator: torch.Generator) -> nn.Module:
@@ -191,8 +244,7 @@ def prune_(model: nn.Module, cell: Cell) -> prune.Patterns:
     if cell.speedup is None:
         rules |= {"sparsity": cell.sparsity, "allocation": cell.allocation}
     else:
-        step = batch[0][: cell.batch_size], batch[1][: cell.batch_size]
-        rules |= {"speedup": cell.speedup, "of": cell.of or "inference", "example": step}
+        rules |= {"speedup": cell.speedup, "of": cell.of, "example": _step(cell)}
     blocksize = cell.blocksize
     match cell.method:
         case "snip":

@@ -35,7 +35,8 @@ class Study:
         paper: {(row, column): what the paper has there, with its unit}.
         note: how this differs from the paper, on what it ran.
         columns: what the columns are.
-        metric: the key of a cell's result that is shown, a fraction; "curve:N" is the Nth entry of a list.
+        metric: the key of a cell's result that is shown, a fraction; "curve:N" is the Nth entry of a list. A metric
+            that begins with "speedup" is a factor, and is not drawn.
         metrics: {column: metric} where it is another.
     """
 
@@ -51,9 +52,16 @@ class Study:
     def value(self, place: Place, result: Mapping[str, Any]) -> float:
         """What the table shows of a cell's result."""
         key, _, index = self.metrics.get(place[1], self.metric).partition(":")
+        found = result[key]
+        if isinstance(found, Mapping):
+            return float(found[index])
         if index:  # a quick run has fewer
-            return float(result[key][min(int(index), len(result[key]) - 1)])
-        return float(result[key])
+            return float(found[min(int(index), len(found) - 1)])
+        return float(found)
+
+    def factor(self, column: str) -> bool:
+        """Whether a column holds speed-ups."""
+        return self.metrics.get(column, self.metric).startswith("speedup")
 
 
 def run(study: Study, name: str, out: Path, seeds: int, jobs: int, quick: bool, progress: grid.Progress) -> Path:
@@ -123,16 +131,18 @@ def markdown(study: Study, name: str, values: Mapping[Place, list[float]], quick
     )
     lines = [f"| {study.columns} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for row in rows:
-        texts = [_text(values.get((row, column)), study.paper.get((row, column))) for column in columns]
+        texts = [_text(study, (row, column), values.get((row, column))) for column in columns]
         lines.append(f"| {row} | {' | '.join(texts)} |")
     return page(study.title, text, lines, name, seeds, quick)
 
 
-def _text(found: list[float] | None, paper: str | None) -> str:
+def _text(study: Study, place: Place, found: list[float] | None) -> str:
     if found is None:
         return ""
-    spread = f" ± {100 * statistics.stdev(found):.2f}" if len(found) > 1 else ""
-    return f"{100 * statistics.fmean(found):.2f}{spread}" + (f" [{paper}]" if paper else "")
+    scale, unit = (1, "x") if study.factor(place[1]) else (100, "")
+    spread = f" ± {scale * statistics.stdev(found):.2f}" if len(found) > 1 else ""
+    paper = f" [{study.paper[place]}]" if place in study.paper else ""
+    return f"{scale * statistics.fmean(found):.2f}{spread}{unit}{paper}"
 
 
 def draw(study: Study, values: Mapping[Place, list[float]], path: Path) -> None:
@@ -147,7 +157,11 @@ def draw(study: Study, values: Mapping[Place, list[float]], path: Path) -> None:
     for row in rows:
         if row not in levels:
             panels.setdefault(row.partition(", ")[0] if levels else "", []).append(row)
-    columns = [column for column in columns if any((row, column) in values for row in rows if row not in levels)]
+    columns = [
+        column
+        for column in columns
+        if not study.factor(column) and any((row, column) in values for row in rows if row not in levels)
+    ]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(max(8, 4.5 * len(panels)), 5), layout="constrained")
         for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

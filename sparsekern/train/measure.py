@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SparseConv2d, SparseLayer
-from ..timing import Timing, interleaved
+from ..timing import Timing, equal_time_scale, interleaved
 from .loop import Trainer
 
 THROUGHPUT_BATCH = 1000
@@ -159,19 +158,11 @@ def equal_time_width(
 ) -> float:
     """The width factor, at most 1, at which ``narrower(width)`` needs the training step time of ``reference``.
 
-    Bisection over the logarithm of the width; each comparison is its own interleaved timing. No further one is begun
-    after ``limit_seconds``: on a quiet machine all ten take half of that.
+    On a quiet machine the ten timings of the search take half of ``limit_seconds``; none is begun after it.
     """
-    low, high = math.log(0.003), 0.0
-    start = time.perf_counter()
-    for done in range(10):
-        if done and time.perf_counter() - start > limit_seconds:
-            break
-        middle = (low + high) / 2
-        pair = {"reference": reference, "narrower": narrower(math.exp(middle))}
-        timings = time_steps(pair, rounds)
-        if timings["narrower"].median > timings["reference"].median:
-            high = middle
-        else:
-            low = middle
-    return math.exp((low + high) / 2)
+
+    def slower(width: float) -> bool:
+        timings = time_steps({"reference": reference, "narrower": narrower(width)}, rounds)
+        return timings["narrower"].median > timings["reference"].median
+
+    return equal_time_scale(slower, limit_seconds=limit_seconds)
