@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__, data, models
+    from . import __version__
     from .experiments import EXPERIMENTS
-    from .train.settings import BACKENDS, PRUNERS, Settings
+    from .train.settings import BACKENDS, DATASETS, MODELS, PRUNERS, Settings
 
     parser = argparse.ArgumentParser("sparsekern", description="Sparse neural-network training, measured.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -61,8 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="prune a network before training, train it sparse, and compare it with dense torch"
     )
     default = "default: %(default)s"
-    train.add_argument("--model", choices=models.NAMES, default=Settings.model, help=default)
-    train.add_argument("--dataset", choices=data.NAMES, default=Settings.dataset, help=default)
+    model = f"one of {', '.join(MODELS)}; {default}"
+    train.add_argument("--model", choices=MODELS, metavar="NAME", default=Settings.model, help=model)
+    train.add_argument("--dataset", choices=DATASETS, default=Settings.dataset, help=default)
     train.add_argument(
         "--sparsity", type=float, default=Settings.sparsity, help=f"fraction removed, in [0, 1); {default}"
     )
@@ -81,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     train.add_argument("--overwrite", action="store_true", help="replace the earlier run that --out holds")
     train.add_argument("--batch-size", type=int, default=Settings.batch_size, metavar="N", help=default)
-    train.add_argument("--lr", type=float, help="peak of the one-cycle schedule; default: 0.1, lenet-5-caffe 0.05")
+    train.add_argument(
+        "--lr", type=float, help="peak of the one-cycle schedule; default: 0.1, lenet-5-caffe, MLPs and VGGs 0.05"
+    )
     train.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of the data set's files; default: find or fetch them"
     )
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="measure this machine for `advise` and backend=auto (under 30 s)")
     calibrate.add_argument("--out", type=Path, metavar="FILE", help="default: where backend=auto looks for it")
     advise = commands.add_parser("advise", help="predict what sparsity brings to each layer of a network")
-    advise.add_argument("--model", choices=models.NAMES + models.COLOUR_NAMES, default=Settings.model, help=default)
+    advise.add_argument("--model", choices=MODELS, metavar="NAME", default=Settings.model, help=model)
     advise.add_argument("--batch", type=_positive, default=Settings.batch_size, metavar="N", help=default)
     advise.add_argument(
         "--blocksizes", type=_blocksize, nargs="+", default=[(1, 1), (4, 1), (8, 8), (16, 16)], metavar="HxW",

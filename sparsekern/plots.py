@@ -26,7 +26,6 @@ COLOURS = {"dense": "#000000", "sparse": "#D55E00", "small_dense": "#0072B2", "r
 NETWORKS = tuple(COLOURS)
 MARKERS = {"dense": "s", "sparse": "o", "small_dense": "^", "random_mask": "D"}
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-IMAGE_SIDE = 28
 MOSAIC_COLUMNS = 10
 
 
@@ -98,25 +97,28 @@ def _learning_curves(result: Mapping[str, Any], history: Sequence[Point]) -> Fig
 
 def _first_layer(result: Mapping[str, Any], name: str, pattern: BlockPattern) -> Figure:
     mask = pattern.to_element_mask().float()
-    if pattern.shape[1] == IMAGE_SIDE**2:
+    channels, height, width = result["dataset"]["image_shape"]
+    if pattern.shape[1] == channels * height * width:
         figure = _figure(result, 6.5, 5)
         ax = figure.subplots()
-        picture = ax.imshow(mask.mean(0).view(IMAGE_SIDE, IMAGE_SIDE).numpy(), cmap="viridis", vmin=0)
+        seen = mask.mean(0).view(channels, height, width).mean(0)
+        picture = ax.imshow(seen.numpy(), cmap="viridis", vmin=0)
         ax.set_title(f"{name}: which pixels it still sees")
         figure.colorbar(picture, ax=ax, label=f"share of the {pattern.shape[0]} units connected to the pixel")
     else:
-        side = round(pattern.shape[1] ** 0.5)
+        side = round((pattern.shape[1] / channels) ** 0.5)
         rows = -(-pattern.shape[0] // MOSAIC_COLUMNS)
         figure = _figure(result, 7.5, 0.9 + 0.75 * rows)
         ax = figure.subplots()
-        ax.imshow(_mosaic(mask.view(-1, side, side)).numpy(), cmap="Greys", vmin=0, vmax=1.3)
+        kernels = mask.view(-1, side, side, channels).mean(3)
+        ax.imshow(_mosaic(kernels).numpy(), cmap="Greys", vmin=0, vmax=1.3)
         ax.set_title(f"{name}: kept weights (black) of its {pattern.shape[0]} kernels of {side}x{side}")
     ax.set_axis_off()
     return figure
 
 
 def _mosaic(tiles: Tensor, columns: int = MOSAIC_COLUMNS) -> Tensor:
-    """[n, h, w] in {0, 1} to one picture, 0 for missing, 1 for kept, NaN for the gaps between tiles."""
+    """[n, h, w] in [0, 1] to one picture, 0 for missing, 1 for kept, NaN for the gaps between tiles."""
     n, height, width = tiles.shape
     rows = -(-n // columns)
     picture = torch.full((rows * (height + 1), columns * (width + 1)), float("nan"))

@@ -420,6 +420,15 @@ def test_break_even_is_where_the_line_crosses(bench):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+def test_isometry_in_both_modes(bench, capsys, monkeypatch):
+    isometry = importlib.import_module("bench.isometry")
+    monkeypatch.setattr(isometry, "CASES", ((0.9, (8, 8)),))
+    assert isometry.main(["--steps", "3"]) == 0
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")
+    before, paper, fast = (float(cell.partition(",")[0]) for cell in cells[2:5])
+    assert before > paper > fast  # three steps of the paper's do a little, L-BFGS all that can be done
+
+
 def test_memory_of_a_step(bench):
     """What stays is known to the byte: weights, gradients and momentum of four bytes each."""
     memory = importlib.import_module("bench.memory")

@@ -210,6 +210,24 @@ def test_convolutions_with_isometry_and_unstructured(tmp_path):
     assert (tmp_path / plots.FIRST_LAYER).exists()
 
 
+@pytest.mark.parametrize("model, blocksize", [("resnet-8", (8, 8)), ("alexnet-s", (8, 8)), ("mlp-3", (4, 4))])
+def test_networks_for_images_in_colour(model, blocksize, tmp_path, monkeypatch):
+    """Whose training images are mirrored and shifted; grey ones are not."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(200, 3, 32, 32, generator=generator), torch.arange(200) % 10
+    colour = data.Dataset("cifar-10", "made up", (0.5,) * 3, (0.2,) * 3, images, labels, images[:50], labels[:50])
+    monkeypatch.setattr(data, "load", lambda name, folder=None: colour)
+    settings = Settings(tmp_path, model, "cifar-10", 0.8, blocksize=blocksize, epochs=1, threads=1, rounds=1)
+    result = run(settings, [])
+    assert result["dataset"]["image_shape"] == [3, 32, 32]
+    assert result["sparsity_achieved"] == pytest.approx(0.8, abs=1e-2)
+    assert (tmp_path / plots.FIRST_LAYER).exists()
+    trainer = Trainer(models.build(model, image_shape=(3, 32, 32)), colour, RECIPE)
+    of_training = {image.numpy().tobytes() for image in images}
+    moved = [image.numpy().tobytes() not in of_training for image in trainer.batch()[0]]
+    assert sum(moved) > 90
+
+
 EARLIER = ("result.json", "history.csv", "model.safetensors", plots.SPEEDUP)
 
 

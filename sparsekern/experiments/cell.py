@@ -166,8 +166,7 @@ def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
         if cell.fresh:
             initial.fill_(model, "lecun", generator)
         connections = prune.connectivity(model, patterns, dataset.train_images.shape[1:])
-        full = sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values())
-        model.train()
+        full = sum(macs_per_layer(model, dataset.test_images[:1]).values())
         if cell.isometry:
             start = time.perf_counter()
             report = isometry.approximate_isometry_(model, patterns)
@@ -176,13 +175,12 @@ def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
         result |= {
             "sparsity": patterns.achieved,
             "densities": {name: pattern.density for name, pattern in patterns.items()},
-            "macs_kept": sum(macs_per_layer(model.eval(), dataset.test_images[:1]).values()) / full,
+            "macs_kept": sum(macs_per_layer(model, dataset.test_images[:1]).values()) / full,
             "effective_sparsity": connections.effective_sparsity,
             "collapsed": connections.collapsed,
         }
         if patterns.in_time:
             result["in_time"] = asdict(patterns.in_time)
-        model.train()
     if dense is not None:
         result["speedup"] = equal_time.measured(dense, model, _step(cell), cell.of)
     return model, result

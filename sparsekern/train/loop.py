@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Batches, Dataset
+from ..data import Batches, Dataset, flip_and_shift
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 # Steps between two looks at the clock; progress is drawn, and not timed, in between.
@@ -54,7 +54,8 @@ class Trainer:
     """A network, its optimizer and its stream of batches.
 
     The optimizer is torch's fused SGD, for dense and sparse networks alike: it is the fastest of torch's three on
-    both. The order of the batches follows from ``recipe.seed`` alone, so every network sees the same.
+    both. Images in colour are mirrored and shifted at random. The order of the batches follows from ``recipe.seed``
+    alone, so every network sees the same.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Trainer:
         self.model: nn.Module = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's stubs
         self.dataset, self.recipe = dataset, recipe
         generator = torch.Generator().manual_seed(recipe.seed)
-        self.batches = Batches(dataset.train_images, dataset.train_labels, recipe.batch_size, generator)
+        # As in the papers; grey sets, of clothes or digits, are left as they are there too.
+        augment = flip_and_shift if dataset.train_images.shape[1] > 1 else None
+        self.batches = Batches(dataset.train_images, dataset.train_labels, recipe.batch_size, generator, augment)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
         )

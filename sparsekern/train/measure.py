@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ..eligible import evaluating
 from ..nn import SparseConv2d, SparseLayer
 from ..timing import Timing, equal_time_scale, interleaved
 from .loop import Trainer
@@ -35,7 +36,7 @@ def macs_per_layer(model: nn.Module, image: Tensor) -> dict[str, int]:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(count(name)) for name, module in layers]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             model(image)
     finally:
         for handle in handles:

@@ -113,6 +113,7 @@ class _Run:
         self.result["dataset"] = {
             "name": self.dataset.name,
             "source": self.dataset.source,
+            "image_shape": list(self.dataset.train_images.shape[1:]),
             "train_images": len(self.dataset.train_labels),
             "test_images": len(self.dataset.test_labels),
         }
@@ -130,7 +131,9 @@ class _Run:
 
     def _fresh(self, width: float = 1.0) -> nn.Sequential:
         """The dense network with the weights of this seed."""
-        return models.build(self.settings.model, width, torch.Generator().manual_seed(self.settings.seed))
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        channels, height, across = self.dataset.train_images.shape[1:]
+        return models.build(self.settings.model, width, generator, image_shape=(channels, height, across))
 
     def _trainer(self, model: nn.Module, memory_format: torch.memory_format | None = None) -> Trainer:
         trainer = Trainer(model, self.dataset, self.recipe)
@@ -188,9 +191,11 @@ class _Run:
         if settings.pruner == "random":
             return prune.random(self._fresh(), settings.sparsity, settings.blocksize, generator=generator)
         sample = torch.randperm(len(self.dataset.train_labels), generator=generator)[:SCORING_IMAGES]
-        batch = (self.dataset.train_images[sample], self.dataset.train_labels[sample])
+        # A training batch at a time: a thousand images in colour would take gigabytes.
+        parts = sample.split(settings.batch_size)
+        batches = [(self.dataset.train_images[part], self.dataset.train_labels[part]) for part in parts]
         return prune.snip(
-            self._fresh(), [batch], F.cross_entropy, settings.sparsity, settings.blocksize, generator=generator
+            self._fresh(), batches, F.cross_entropy, settings.sparsity, settings.blocksize, generator=generator
         )
 
     def _sparse(self, patterns: dict[str, BlockPattern]) -> nn.Module:

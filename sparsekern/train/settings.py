@@ -12,8 +12,11 @@ from ..functional import Backend
 from . import output
 
 PRUNERS = ("snip", "random")
-# Peak of the one-cycle schedule. At 0.1 dense LeNet-5-Caffe, which has no ReLU after its convolutions, diverges.
-PEAK_RATES = {"lenet-300-100": 0.1, "lenet-5-caffe": 0.05, "simple-cnn": 0.1}
+MODELS = models.NAMES + models.MLP_NAMES + models.COLOUR_NAMES
+DATASETS = data.NAMES + data.COLOUR_NAMES
+PEAK_RATE = 0.1  # of the one-cycle schedule
+# Lower where it has to be: at 0.1 dense LeNet-5-Caffe, which has no ReLU after its convolutions, diverges.
+PEAK_RATES = {"lenet-5-caffe": 0.05, **dict.fromkeys((*models.MLP_NAMES, "vgg-c", "vgg-16", "vgg-d", "vgg-like"), 0.05)}
 BACKENDS = tuple(name for name in get_args(Backend) if name != "triton")  # training runs on the CPU
 
 
@@ -29,7 +32,7 @@ class Settings:
         pruner: "snip", or "random" (the same density in every layer).
         isometry: restore approximate isometry after pruning, before training.
         epochs, batch_size, lr: of SGD with momentum; ``lr`` is the peak of the one-cycle schedule, by default 0.1, and
-            0.05 for lenet-5-caffe.
+            0.05 for lenet-5-caffe, MLPs and VGGs.
         compare_dense: also train the dense network, a narrower dense one of equal step time, and a random mask.
         seed: of weights, batch order and pruning.
         data: folder of the data set's files; see :func:`sparsekern.data.load`.
@@ -65,11 +68,11 @@ class Settings:
     @property
     def peak_rate(self) -> float:
         """``lr``, or the default of the model."""
-        return PEAK_RATES[self.model] if self.lr is None else self.lr
+        return PEAK_RATES.get(self.model, PEAK_RATE) if self.lr is None else self.lr
 
     def __post_init__(self) -> None:
-        _check("model", self.model, self.model in models.NAMES, f"one of {', '.join(models.NAMES)}")
-        _check("dataset", self.dataset, self.dataset in data.NAMES, f"one of {', '.join(data.NAMES)}")
+        _check("model", self.model, self.model in MODELS, f"one of {', '.join(MODELS)}")
+        _check("dataset", self.dataset, self.dataset in DATASETS, f"one of {', '.join(DATASETS)}")
         _check("pruner", self.pruner, self.pruner in PRUNERS, f"one of {', '.join(PRUNERS)}")
         _check("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
         _check("sparsity", self.sparsity, 0 <= self.sparsity < 1, "the fraction removed, in [0, 1)")
