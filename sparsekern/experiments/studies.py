@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from .. import models
 from . import blocks, connections, frontier, propagation
 from .cell import Cell
 from .grid import Progress
@@ -140,6 +141,38 @@ def activations() -> Study:
     return Study("Activations, mlp-7, 90 % sparse", f"{SPP}, table 3", cells, "activation \\ init", note=note)
 
 
+def sculpting() -> Study:
+    """Networks pruned, without labels, to the number of weights of a small reference that was designed by hand."""
+    cells: dict[Place, Cell] = {}
+    groups = (
+        (LENET_300.but(width=0.25), (("lenet-300-100", 1.0), ("lenet-300-100", 4.0), ("mlp-5", 1.0), ("mlp-5", 4.0))),
+        (
+            Cell("resnet-20", width=0.25, epochs=1),
+            (("resnet-20", 0.5), ("resnet-32", 0.5)),
+        ),
+    )
+    for reference, bulky in groups:
+        budget = _weights(reference)
+        cells[f"{reference.model}, width {reference.width:g}, dense", "dense"] = reference.but(method="dense")
+        for model, width in bulky:
+            start = reference.but(model=model, width=width, init="orthogonal", labels="uniform", isometry=True)
+            start = start.but(activation="relu" if model.startswith("mlp") else None)
+            for block in ((1, 1), (8, 8)):
+                cell = start.but(sparsity=1 - budget / _weights(start), blocksize=block)
+                cells[f"{model}, width {width:g}, to {budget:,} weights", f"{block[0]}x{block[1]}"] = cell
+    note = (
+        "Uniform labels, orthogonal weights, approximate isometry. The paper's are larger ResNets on CIFAR-10, cut to "
+        "the 269,034 weights of ResNet-20."
+    )
+    return Study("Architecture sculpting", f"{SPP}, section 6", cells, "network \\ blocks", note=note)
+
+
+def _weights(cell: Cell) -> int:
+    """Weights without biases and batch norm, of the network for grey images."""
+    model = models.build(cell.model, cell.width, image_shape=models.image_shape("lenet-300-100"))
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1)
+
+
 def transfer() -> Study:
     """Masks of one data set on another, with and without labels."""
     cells: dict[Place, Cell] = {}
@@ -239,6 +272,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "supervision": supervision,
             "trainability": trainability,
             "activations": activations,
+            "sculpting": sculpting,
             "random-labels": random_labels,
             "equal-time": equal_time,
         }.items()
