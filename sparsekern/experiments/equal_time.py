@@ -12,7 +12,8 @@ from ..prune.by_time import Of, dense_runner, runner
 from ..timing import equal_time_scale, interleaved, speedup
 
 Batch = tuple[Tensor, Tensor]
-ROUNDS, SEARCH_ROUNDS, SEARCH_SECONDS = 15, 5, 20.0
+ROUNDS, SEARCH_ROUNDS, SEARCH_SECONDS = 15, 7, 20.0
+TOLERANCE, TRIES = 0.1, 4
 
 
 def measured(dense: nn.Module, other: nn.Module, batch: Batch, of: Of) -> dict[str, float]:
@@ -32,7 +33,7 @@ def scale(dense: nn.Module, scaled: Callable[[float], nn.Module], wanted: float,
     """The scale, a width or a density in (0, 1], at which ``scaled(scale)`` runs ``wanted`` times as fast as ``dense``.
 
     Raises:
-        ValueError: none does: the speed-up at the end of the search is more than a tenth off.
+        ValueError: none does: after four searches the speed-up is more than a tenth off.
     """
     reference = dense_runner(dense, *batch, of, F.cross_entropy)
 
@@ -41,8 +42,10 @@ def scale(dense: nn.Module, scaled: Callable[[float], nn.Module], wanted: float,
         times = interleaved(runs, rounds=SEARCH_ROUNDS)
         return speedup(times["dense"], times["other"])["p50"] < wanted
 
-    found = equal_time_scale(slower, limit_seconds=SEARCH_SECONDS)
-    reached = measured(dense, scaled(found), batch, of)["p50"]
-    if abs(reached / wanted - 1) > 0.1:
-        raise ValueError(f"no scale gives {wanted:g}x of {of}: {found:.4f} gives {reached:.2f}x")
-    return found
+    # A disturbance can send a search astray: what is found is measured again.
+    for _ in range(TRIES):
+        found = equal_time_scale(slower, limit_seconds=SEARCH_SECONDS)
+        reached = measured(dense, scaled(found), batch, of)["p50"]
+        if abs(reached / wanted - 1) <= TOLERANCE:
+            return found
+    raise ValueError(f"no scale gives {wanted:g}x of {of}: {found:.4f} gives {reached:.2f}x")

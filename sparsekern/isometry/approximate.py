@@ -112,6 +112,30 @@ def orthogonality_score(model: nn.Module, patterns: Mapping[str, BlockPattern] |
     return sum(_norm(_kept(layer, pattern)[0], _groups(layer)) for layer, pattern in layers.values()) / len(layers)
 
 
+@torch.no_grad()
+def fan_in_rescale_(model: nn.Module, patterns: Mapping[str, BlockPattern] | None = None) -> None:
+    """Scale the kept weights of every output by sqrt(fan-in / kept fan-in), in place: a rival to isometry.
+
+    What flows into an output then has the variance that it had before pruning, if weights were alike; directions are as
+    they were. Outputs that keep nothing, and biases, are left. Calling it again scales again.
+
+    Source: Evci et al., "Gradient flow in sparse neural networks and how lottery tickets win", AAAI 2022, who draw
+    weights anew by each neuron's own fan-in.
+
+    Args, raises: as :func:`approximate_isometry_`.
+    """
+    layers = _layers(model, patterns)
+    results = {}
+    for name, (layer, pattern) in layers.items():
+        matrix, mask = _kept(layer, pattern)
+        kept = mask.sum(1, keepdim=True)
+        results[name] = matrix * (mask.shape[1] / kept.clamp_min(1).to(matrix.dtype)).sqrt(), mask
+        if not bool(results[name][0].isfinite().all()):
+            raise ValueError(f"layer {name!r} has weights that are not finite")
+    for name, (layer, pattern) in layers.items():
+        _put(layer, pattern, *results[name])
+
+
 def _layers(
     model: nn.Module, patterns: Mapping[str, BlockPattern] | None
 ) -> dict[str, tuple[Layer, BlockPattern | None]]:

@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+from sparsekern.nn import SparseConv2d, SparseLinear
+
+LARGEST = 2**24  # elements of an example's Jacobian of one layer
+
+
+class Statistics(NamedTuple):
+    """Of singular values: mean, standard deviation, least, largest, and largest / least (infinite where least is 0)."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    condition: float
+
+
+def singular_value_statistics(values: Tensor) -> Statistics:
+    """Statistics over all ``values`` (any shape, at least one), in float64."""
+    if not values.numel():
+        raise ValueError("values must not be empty")
+    values = values.detach().double()
+    least, largest = float(values.min()), float(values.max())
+    spread = float(values.std()) if values.numel() > 1 else 0.0
+    return Statistics(float(values.mean()), spread, least, largest, largest / least if least > 0 else math.inf)
 
 
 def jacobian_singular_values(model: nn.Module, x: Tensor) -> Tensor:
@@ -26,14 +53,72 @@ def jacobian_singular_values(model: nn.Module, x: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        # Copies: batch norm in train mode updates its buffers in place.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        output = torch.func.functional_call(model, buffers, (x,))
-        if output.dim() == 0 or len(output) != len(x):
-            raise ValueError(f"model must map a batch of {len(x)} to as many outputs, got shape {tuple(output.shape)}")
+        output = _run(model, x)
         if not output.requires_grad:
             raise ValueError("model must depend on x, but its output has no gradient")
-        # Examples are independent, so the gradient of a sum over the batch holds a row of each example's Jacobian.
-        sums = output.flatten(1).sum(0)
-        rows = [torch.autograd.grad(total, x, retain_graph=True)[0].flatten(1) for total in sums]
-    return torch.linalg.svdvals(torch.stack(rows, dim=1))
+        return torch.linalg.svdvals(_jacobian(output, x))
+
+
+def layer_jacobian_singular_values(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Singular values of each layer's Jacobian, for every example: from its input to the next layer's. Changes nothing.
+
+    Layers are nn.Linear, nn.Conv2d, SparseLinear and SparseConv2d; what lies between one and the next (activation,
+    norm, pooling) belongs to the former, what follows the last to the last. Examples must not influence one another, as
+    in :func:`jacobian_singular_values`.
+
+    Source: SPP (ICLR 2020), section 4, D^l W^l: isometry of every layer is what isometry of the network is built of.
+
+    Returns:
+        {name: [batch, min(d_in, d_out)]}, descending, in the order in which layers run.
+
+    Raises:
+        ValueError: a layer runs twice, does not lead to the next, or has a Jacobian of over 2**24 elements; the model
+            runs none; as :func:`jacobian_singular_values`.
+    """
+    kinds = (nn.Linear, nn.Conv2d, SparseLinear, SparseConv2d)
+    inputs: dict[str, Tensor] = {}
+
+    def capture(name: str, arguments: tuple[Any, ...]) -> None:
+        if name in inputs:
+            raise ValueError(f"layer {name!r} runs twice: it has no Jacobian of its own")
+        inputs[name] = arguments[0]
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, arguments, name=name: capture(name, arguments))
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]
+    try:
+        with torch.enable_grad():
+            output = _run(model, x.detach().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not inputs:
+        raise ValueError("model runs no nn.Linear, nn.Conv2d, SparseLinear or SparseConv2d")
+    found = {}
+    for (name, start), end in zip(inputs.items(), [*list(inputs.values())[1:], output], strict=True):
+        size = start[0].numel() * end[0].numel()
+        if size > LARGEST:
+            raise ValueError(f"layer {name!r} has a Jacobian of {size:,} elements an example, over {LARGEST:,}")
+        try:
+            found[name] = torch.linalg.svdvals(_jacobian(end, start))
+        except RuntimeError as error:
+            raise ValueError(f"layer {name!r} must lead to the layer that runs next: {error}") from error
+    return found
+
+
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    # Copies: batch norm in train mode updates its buffers in place.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    output: Tensor = torch.func.functional_call(model, buffers, (x,))
+    if output.dim() == 0 or len(output) != len(x):
+        raise ValueError(f"model must map a batch of {len(x)} to as many outputs, got shape {tuple(output.shape)}")
+    return output
+
+
+def _jacobian(output: Tensor, x: Tensor) -> Tensor:
+    """[batch, d_out, d_in]. Examples are independent, so the gradient of a sum over the batch holds a row of each."""
+    sums = output.flatten(1).sum(0)
+    rows = [torch.autograd.grad(total, x, retain_graph=True)[0].flatten(1) for total in sums]
+    return torch.stack(rows, dim=1)
