@@ -18,6 +18,7 @@ from sparsekern.experiments import (
     grid,
     initial,
     propagation,
+    signals,
     studies,
     study,
 )
@@ -67,7 +68,8 @@ def test_a_cell_prunes_trains_and_tests() -> None:
     + [
         {"labels": "uniform"}, {"labels": "predicted"}, {"prune_on": "synthetic"},
         {"init": "orthogonal", "fresh": True},
-        {"isometry": True}, {"allocation": "erk"}, {"granularity": "channel"}, {"placement": "draw", "balance": "both"},
+        {"isometry": True}, {"rescaled": True}, {"init": "delta-orthogonal"}, {"init": "block-orthogonal"},
+        {"allocation": "erk"}, {"granularity": "channel"}, {"placement": "draw", "balance": "both"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )  # fmt: skip
@@ -224,7 +226,7 @@ def test_the_table_shows_means_spreads_and_the_paper(tmp_path: Path) -> None:
     assert (tmp_path / "name-quick.png").read_bytes()[:4] == b"\x89PNG"
 
 
-OTHERS = ("connections", "propagation", *(name for name in EXPERIMENTS if name.startswith("time-")))
+OTHERS = ("connections", "propagation", "signals", *(name for name in EXPERIMENTS if name.startswith("time-")))
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in OTHERS])
@@ -291,6 +293,20 @@ def test_propagation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for method in ("snip", "magnitude", "random"):
         assert rows[f"LDI, {method}"][0][0] < 0.5 * rows["LDI"][0][0] < rows[f"LDI, {method}, AI"][0][0]
     assert "| SG(0.01) |" in table.read_text() and "[0.449]" in table.read_text()
+
+
+def test_signals_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "ACTIVATIONS", ("tanh",))
+    monkeypatch.setattr(signals, "EXAMPLES", 5)
+    table = signals.run("signals", tmp_path, 1, 1, True, lambda *args: None)
+    rows = json.loads(table.with_suffix(".json").read_text())["rows"]
+    dense, pruned, restored, rescaled = (rows[f"tanh, {stage}"] for stage in signals.STAGES)
+    assert dense["score"][0] < 1e-5 < restored["score"][0] < 0.5 * pruned["score"][0]
+    for better in (restored, rescaled):
+        assert better["end to end"][0] > 2 * pruned["end to end"][0]
+    layers = [what for what in dense if what not in ("score", "end to end")]
+    assert len(layers) == 7 and all(0.5 < dense[layer][0] <= 1 for layer in layers)
+    assert "| tanh, fan-in rescaling |" in table.read_text()
 
 
 def test_the_command_writes_what_it_shows(

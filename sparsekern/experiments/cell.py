@@ -48,6 +48,7 @@ class Cell:
         init: name in ``initial.NAMES``, of the weights that are scored and, unless ``fresh``, trained.
         fresh: train from new weights of "lecun" instead, as the first paper does.
         isometry: restore approximate isometry before training.
+        rescaled: scale kept weights by fan-in instead.
         epochs, batch_size, lr, schedule: of the training; see ``train.loop.Recipe``.
         shuffled: train on labels in random order, which can only be learnt by heart.
         seed: of weights, batches and draws.
@@ -73,6 +74,7 @@ class Cell:
     init: str = "lecun"
     fresh: bool = False
     isometry: bool = False
+    rescaled: bool = False
     epochs: int = 8
     batch_size: int = 100
     lr: float = 0.1
@@ -171,6 +173,8 @@ def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
             start = time.perf_counter()
             report = isometry.approximate_isometry_(model, patterns)
             result["isometry"] = [report.before, report.after, time.perf_counter() - start]
+        if cell.rescaled:
+            isometry.fan_in_rescale_(model, patterns)
         sparsify_(model, patterns)
         result |= {
             "sparsity": patterns.achieved,

@@ -16,7 +16,12 @@ _VARIANCES: dict[str, Callable[[int, int], float]] = {
     "glorot": lambda fan_in, fan_out: 2 / (fan_in + fan_out),
     "he": lambda fan_in, fan_out: 2 / fan_in,
 }
-NAMES = ("lecun", *_VARIANCES, "orthogonal", "normal:VARIANCE", "truncated:VARIANCE")
+_ORTHOGONAL = {
+    "orthogonal": isometry.orthogonal_,
+    "delta-orthogonal": isometry.delta_orthogonal_,
+    "block-orthogonal": isometry.block_orthogonal_,
+}
+NAMES = ("lecun", *_VARIANCES, *_ORTHOGONAL, "normal:VARIANCE", "truncated:VARIANCE")
 
 
 @torch.no_grad()
@@ -25,7 +30,8 @@ def fill_(model: nn.Module, name: str, generator: torch.Generator | None = None)
 
     Args:
         name: "lecun", truncated normal of variance 1 / fan_in, as ``models.build`` draws; "lecun-normal", "glorot",
-            "he": normal; "orthogonal"; "normal:V", "truncated:V" of variance V (before it is cut off).
+            "he": normal; "orthogonal", "delta-orthogonal", "block-orthogonal": of :mod:`sparsekern.isometry`;
+            "normal:V", "truncated:V" of variance V (before it is cut off).
 
     Raises:
         ValueError: another name.
@@ -34,8 +40,8 @@ def fill_(model: nn.Module, name: str, generator: torch.Generator | None = None)
     if name == "lecun":
         models.init_(model, generator)
         return
-    if name == "orthogonal":
-        isometry.orthogonal_(model, generator=generator)
+    if name in _ORTHOGONAL:
+        _ORTHOGONAL[name](model, generator=generator)
         return
     fixed = kind in ("normal", "truncated") and number.replace(".", "", 1).isdecimal()
     if not fixed and name not in _VARIANCES:

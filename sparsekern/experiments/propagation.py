@@ -60,11 +60,9 @@ def measured(cell: Cell) -> list[float]:
     images = load(cell.dataset).test_images[:EXAMPLES]
     model, facts = prepared(cell)
     # In float64: the smallest of tiny values would be noise.
-    values = isometry.jacobian_singular_values(model.double(), images.double())
-    least = float(values.min())
-    condition = float(values.max()) / least if least > 0 else math.inf  # 0 where the network is cut in two
+    found = isometry.singular_value_statistics(isometry.jacobian_singular_values(model.double(), images.double()))
     sparsities = [1 - density for density in facts.get("densities", {}).values()]
-    return [float(values.mean()), float(values.std()), condition, *sparsities]
+    return [found.mean, found.std, found.condition, *sparsities]  # the last is infinite where the network is cut
 
 
 def table(rows: dict[str, list[list[float]]]) -> list[str]:

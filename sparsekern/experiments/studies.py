@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import models
-from . import blocks, connections, frontier, propagation
+from . import blocks, connections, frontier, propagation, signals
 from .cell import Cell
 from .grid import Progress
 from .study import Place, Study, run
@@ -123,9 +123,10 @@ def trainability() -> Study:
     for column in metrics:
         cells["dense", column] = dense.but(method="dense")
         for method in ("snip", "magnitude", "random"):
-            for isometry in (False, True):
-                cell = dense.but(method=method, sparsity=0.9, isometry=isometry)
-                cells[f"{method}{' + isometry' * isometry}", column] = cell
+            cell = dense.but(method=method, sparsity=0.9)
+            cells[method, column] = cell
+            cells[f"{method} + isometry", column] = cell.but(isometry=True)
+            cells[f"{method} + fan-in rescaling", column] = cell.but(rescaled=True)
     source = f"{SPP}, figure 2"
     return Study("Trainability of mlp-7, 90 % sparse", source, cells, "mask \\ after", metrics=metrics)
 
@@ -263,6 +264,7 @@ def _study(make: Callable[[], Study]) -> Experiment:
 EXPERIMENTS: dict[str, Experiment] = {
     "connections": connections.run,
     "propagation": propagation.run,
+    "signals": signals.run,
     **{
         name: _study(make)
         for name, make in {
