@@ -2,7 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +173,8 @@ def fake(key: str) -> dict[str, object]:
         os._exit(9)
     if seed == 12:
         raise ZeroDivisionError("at seed 12")
+    if seed == 14:
+        time.sleep(100)
     return {"accuracy": seed / 100}
 
 
@@ -193,6 +200,43 @@ def test_a_failure_is_named_and_the_rest_is_kept(
     with pytest.raises(ChildProcessError, match=words):
         grid.fill([SMALL.but(seed=1), SMALL.but(seed=seed)], file, 1)
     assert list(grid.read(file)) == [SMALL.but(seed=1).key]
+
+
+def test_a_failure_ends_the_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "_run", fake)
+    start = time.perf_counter()
+    with pytest.raises(ChildProcessError, match="at seed 12"):
+        grid.fill([SMALL.but(seed=14), SMALL.but(seed=12)], tmp_path / "a.jsonl", 2)
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are listed by /proc")
+def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
+    words = ["experiment", "scores", "--jobs", "2", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "sparsekern", *words], start_new_session=True) as command:
+        workers = wait_for(lambda: children(command.pid) if len(children(command.pid)) >= 3 else None)
+        command.kill()
+    # Two workers, and multiprocessing's tracker of resources.
+    wait_for(lambda: not any(is_running(pid) for pid in workers) or None)
+
+
+def children(pid: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(look: Callable[[], Any]) -> Any:
+    for _ in range(600):
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.1)
+    raise TimeoutError
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

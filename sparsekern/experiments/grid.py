@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def fill(
 def _computed(keys: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if not keys:
         return
+    others = set(active_children())
     # Fresh processes: forked ones would share the threads of torch's pool, which they do not have.
     with ProcessPoolExecutor(min(jobs, len(keys)), get_context("spawn"), _start) as pool:
         futures = {pool.submit(_run, key): key for key in keys}
@@ -78,12 +80,23 @@ def _computed(keys: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]
                     raise ChildProcessError(f"cell {futures[future]} failed: {error}") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(active_children()) - others:
+                worker.terminate()  # or this would wait, for minutes, for cells that nobody asks for any more
             raise
 
 
 def _start() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
+
+
+def _end_with_parent() -> None:
+    """A killed command must not leave its cells running."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(key: str) -> dict[str, Any]:
