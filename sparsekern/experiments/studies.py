@@ -44,17 +44,23 @@ def sparsity() -> Study:
 
 
 def recipe() -> Study:
-    """LeNets by the first paper's own recipe: constant steps of the rate, fresh weights after pruning, biases too."""
+    """LeNets by the first paper's own recipe: constant steps of the rate, fresh weights after pruning."""
     cells: dict[Place, Cell] = {}
-    for base in (LENET_300.but(epochs=60), LENET_5.but(epochs=8)):
-        base = base.but(schedule="steps", placement="global", fresh=True, images=100)
-        cells[base.model, "dense"] = base.but(method="dense", fresh=False, images=1000, placement="auto")
+    # The paper's rate is 0.1; the denser LeNet-5s, which have no ReLU after their convolutions, diverge from it.
+    lower = {"dense": 0.02, "90%": 0.05}
+    for base in (LENET_300.but(epochs=60), LENET_5.but(epochs=8, lr=0.1)):
+        base = base.but(schedule="steps")
+        cells[base.model, "dense"] = base.but(method="dense")
+        pruned = base.but(placement="global", fresh=True, images=100)
         for level in (0.9, 0.95, 0.98):
-            cells[base.model, f"{level:.0%}"] = base.but(sparsity=level)
-        cells[base.model, "98%, random"] = base.but(sparsity=0.98, method="random", placement="auto")
+            cells[base.model, f"{level:.0%}"] = pruned.but(sparsity=level)
+        cells[base.model, "98%, random"] = pruned.but(sparsity=0.98, method="random", placement="auto")
+    for column, lr in lower.items():
+        cells[LENET_5.model, column] = cells[LENET_5.model, column].but(lr=lr)
     note = (
-        "60 and 8 epochs (36,000 and 4,800 steps) instead of 100,000 steps, the rate a tenth after each quarter; "
-        f"biases are kept. {ON_MNIST}"
+        "60 and 8 epochs (36,000 and 4,800 steps) in place of 100,000 steps; the rate begins at 0.1 and is a tenth "
+        "after each quarter, but for LeNet-5 dense (0.02) and at 90 % (0.05), which diverge from 0.1. Biases are kept. "
+        f"{ON_MNIST}"
     )
     return Study("SNIP by the paper's recipe", f"{SNIP}, section 5", cells, "network \\ sparsity", note=note)
 
