@@ -24,6 +24,15 @@ def circular(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     return F.conv2d(F.pad(x, (kw - 1, 0, kh - 1, 0), mode="circular"), weight, groups=groups)
 
 
+@pytest.mark.parametrize("init", [isometry.orthogonal_, isometry.delta_orthogonal_, isometry.block_orthogonal_])
+def test_half_precision_is_drawn_in_single(init) -> None:
+    model, twin = (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 6)) for _ in range(2))
+    init(model.bfloat16(), generator=torch.Generator().manual_seed(0))
+    init(twin, generator=torch.Generator().manual_seed(0))
+    for half, single in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(half, single.bfloat16())
+
+
 INITIALISERS = (isometry.delta_orthogonal_, isometry.block_orthogonal_)
 
 

@@ -27,7 +27,7 @@ def orthogonal_(model: nn.Module, gain: float = 1.0, generator: torch.Generator 
     """
     for layer in _layers(model).values():
         for part in layer.weight.chunk(_groups(layer)):
-            nn.init.orthogonal_(part, gain, generator=generator)
+            part.copy_(_orthogonal(part.flatten(1), generator).view(part.shape) * gain)
         _no_bias(layer)
 
 
@@ -48,7 +48,7 @@ def delta_orthogonal_(model: nn.Module, gain: float = 1.0, generator: torch.Gene
             if isinstance(layer, nn.Conv2d):
                 part.zero_()
                 taps = part[:, :, part.shape[2] // 2, part.shape[3] // 2]
-            taps.copy_(nn.init.orthogonal_(torch.empty_like(taps), gain, generator=generator))
+            taps.copy_(_orthogonal(taps, generator) * gain)
         _no_bias(layer)
 
 
@@ -73,31 +73,36 @@ def block_orthogonal_(model: nn.Module, gain: float = 1.0, generator: torch.Gene
             raise ValueError(f"layer {name!r} must have a square kernel, got {kh}x{kw}")
     for layer in layers.values():
         for part in layer.weight.chunk(_groups(layer)):
-            if isinstance(layer, nn.Conv2d):
-                part.copy_(_orthogonal_kernel(part, generator) * gain)
-            else:
-                nn.init.orthogonal_(part, gain, generator=generator)
+            draw = _orthogonal_kernel if isinstance(layer, nn.Conv2d) else _orthogonal
+            part.copy_(draw(part, generator) * gain)
         _no_bias(layer)
 
 
+def _orthogonal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An orthogonal matrix of the shape and device of ``like``, in at least float32: torch has no QR in less."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return nn.init.orthogonal_(torch.empty_like(like, dtype=dtype), generator=generator)
+
+
 def _orthogonal_kernel(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An orthogonal convolution of the shape [C_out, C_in, k, k], dtype and device of ``like``."""
+    """An orthogonal convolution of the shape [C_out, C_in, k, k] and device of ``like``, in at least float32."""
     outputs, inputs, k, _ = like.shape
     size = max(outputs, inputs)
+    frame = _orthogonal(like.new_empty(outputs, inputs), generator)
+    identity = torch.eye(size, dtype=frame.dtype, device=like.device)
     # [k, k, size, size], a matrix per tap: a product of k - 1 orthogonal 2x2 kernels along each axis.
-    kernel = torch.eye(size, dtype=like.dtype, device=like.device)[None, None]
+    kernel = identity[None, None]
     for _ in range(k - 1):
-        p, q = (_projection(size, like, generator) for _ in range(2))
-        p_rest, q_rest = (torch.eye(size, dtype=like.dtype, device=like.device) - m for m in (p, q))
+        p, q = (_projection(identity, generator) for _ in range(2))
+        p_rest, q_rest = identity - p, identity - q
         kernel = _convolved(kernel, ((p @ q, p @ q_rest), (p_rest @ q, p_rest @ q_rest)))
-    frame = nn.init.orthogonal_(like.new_empty(outputs, inputs), generator=generator)
     taps = kernel @ frame if outputs >= inputs else frame @ kernel
     return taps.permute(2, 3, 0, 1)
 
 
-def _projection(size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _projection(identity: Tensor, generator: torch.Generator | None) -> Tensor:
     """Onto a random subspace of half the dimensions."""
-    basis = nn.init.orthogonal_(like.new_empty(size, size), generator=generator)[: size // 2]
+    basis = _orthogonal(identity, generator)[: len(identity) // 2]
     return basis.T @ basis
 
 
