@@ -59,8 +59,8 @@ def recipe() -> Study:
         cells[LENET_5.model, column] = cells[LENET_5.model, column].but(lr=lr)
     note = (
         "20 and 8 epochs (12,000 and 4,800 steps) in place of 100,000 steps; the rate begins at 0.1 and is a tenth "
-        "after each quarter, but for LeNet-5 dense (0.02) and at 90 and 95 % (0.05), which diverge from 0.1. Biases are kept. "
-        f"{ON_MNIST}"
+        "after each quarter, but for LeNet-5 dense (0.02) and at 90 and 95 % (0.05), which diverge from 0.1. "
+        f"Biases are kept. {ON_MNIST}"
     )
     return Study("SNIP by the paper's recipe", f"{SNIP}, section 5", cells, "network \\ sparsity", note=note)
 
