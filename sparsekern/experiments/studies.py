@@ -55,9 +55,9 @@ def recipe() -> Study:
             cells[base.model, f"{level:.0%}"] = pruned.but(sparsity=level)
         cells[base.model, "98%, random"] = pruned.but(sparsity=0.98, method="random", placement="auto")
     note = (
-        "20 and 8 epochs (12,000 and 4,800 steps) in place of 100,000 steps. The rate begins at 0.1, for LeNet-5, which "
-        "diverges from that in some seeds, at 0.05 (dense: 0.02), and is a tenth after each quarter. Biases are kept. "
-        f"{ON_MNIST}"
+        "20 and 8 epochs (12,000 and 4,800 steps) in place of 100,000 steps. The rate begins at 0.1, for LeNet-5, "
+        "which diverges from that in some seeds, at 0.05 (dense: 0.02), and is a tenth after each quarter. "
+        f"Biases are kept. {ON_MNIST}"
     )
     return Study("SNIP by the paper's recipe", f"{SNIP}, section 5", cells, "network \\ sparsity", note=note)
 
