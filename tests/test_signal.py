@@ -191,6 +191,27 @@ def test_what_is_no_chain_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         isometry.layer_jacobian_singular_values(nn.Sequential(nn.Linear(4, 3)), x)
 
 
+def test_what_changes_its_input_and_inference_mode_are_no_obstacle() -> None:
+    x = torch.randn(2, 4)
+    model = nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(4, 3))
+    plain = nn.Sequential(nn.LeakyReLU(0.5), model[1])
+    expected = isometry.jacobian_singular_values(plain, x)
+    before = x.clone()
+    torch.testing.assert_close(isometry.jacobian_singular_values(model, x), expected)
+    assert torch.equal(x, before)
+    with torch.inference_mode():
+        torch.testing.assert_close(isometry.jacobian_singular_values(plain, x.clone()), expected)
+        assert isometry.layer_jacobian_singular_values(model, x.clone())["1"].shape == (2, 3)
+    for of in (isometry.jacobian_singular_values, isometry.layer_jacobian_singular_values):
+        with pytest.raises(ValueError, match=r"x must be floating point, got torch\.int64"):
+            of(model, torch.ones(2, 4, dtype=torch.long))
+
+
+def test_rescaling_a_dense_model_needs_patterns() -> None:
+    with pytest.raises(ValueError, match="patterns must be given for a model without sparse layers"):
+        isometry.fan_in_rescale_(nn.Sequential(nn.Linear(4, 3)))
+
+
 def test_statistics() -> None:
     found = isometry.singular_value_statistics(torch.tensor([[1.0, 4.0], [2.0, 5.0]]))
     assert found == isometry.Statistics(3.0, pytest.approx((10 / 3) ** 0.5), 1.0, 5.0, 5.0)

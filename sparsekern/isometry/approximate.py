@@ -78,10 +78,7 @@ def approximate_isometry_(
     steps = STEPS[mode] if steps is None else steps
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    layers = _layers(model, patterns)
-    if patterns is None and all(isinstance(layer, nn.Linear | nn.Conv2d) for layer, _ in layers.values()):
-        raise ValueError("patterns must be given for a model without sparse layers")
-
+    layers = _pruned_layers(model, patterns)
     results, before, after, taken = {}, 0.0, 0.0, {}
     for name, (layer, pattern) in layers.items():
         matrix, mask = _kept(layer, pattern)
@@ -124,7 +121,7 @@ def fan_in_rescale_(model: nn.Module, patterns: Mapping[str, BlockPattern] | Non
 
     Args, raises: as :func:`approximate_isometry_`.
     """
-    layers = _layers(model, patterns)
+    layers = _pruned_layers(model, patterns)
     results = {}
     for name, (layer, pattern) in layers.items():
         matrix, mask = _kept(layer, pattern)
@@ -152,6 +149,16 @@ def _layers(
     if not found:
         raise ValueError("model has no layer to work on")
     return found
+
+
+def _pruned_layers(
+    model: nn.Module, patterns: Mapping[str, BlockPattern] | None
+) -> dict[str, tuple[Layer, BlockPattern | None]]:
+    """As :func:`_layers`, but a dense model needs patterns."""
+    layers = _layers(model, patterns)
+    if patterns is None and all(isinstance(layer, nn.Linear | nn.Conv2d) for layer, _ in layers.values()):
+        raise ValueError("patterns must be given for a model without sparse layers")
+    return layers
 
 
 def _groups(layer: Layer) -> int:

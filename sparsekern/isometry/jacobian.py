@@ -49,14 +49,14 @@ def jacobian_singular_values(model: nn.Module, x: Tensor) -> Tensor:
         [batch, min(d_in, d_out)], descending, where the model maps ``x`` to [batch, ...] of d_out elements an example.
 
     Raises:
-        ValueError: the output has another batch size, or does not depend on ``x``.
+        ValueError: ``x`` is not floating point, the output has another batch size, or does not depend on ``x``.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        output = _run(model, x)
-        if not output.requires_grad:
-            raise ValueError("model must depend on x, but its output has no gradient")
-        return torch.linalg.svdvals(_jacobian(output, x))
+    with torch.inference_mode(False), torch.enable_grad():
+        x = _leaf(x)
+        rows = _jacobian(_run(model, x), x)
+    if rows is None:
+        raise ValueError("model must depend on x, but its output has no gradient")
+    return torch.linalg.svdvals(rows)
 
 
 def layer_jacobian_singular_values(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -89,8 +89,8 @@ def layer_jacobian_singular_values(model: nn.Module, x: Tensor) -> dict[str, Ten
         if isinstance(module, kinds)
     ]
     try:
-        with torch.enable_grad():
-            output = _run(model, x.detach().requires_grad_())
+        with torch.inference_mode(False), torch.enable_grad():
+            output = _run(model, _leaf(x))
     finally:
         for handle in handles:
             handle.remove()
@@ -101,24 +101,40 @@ def layer_jacobian_singular_values(model: nn.Module, x: Tensor) -> dict[str, Ten
         size = start[0].numel() * end[0].numel()
         if size > LARGEST:
             raise ValueError(f"layer {name!r} has a Jacobian of {size:,} elements an example, over {LARGEST:,}")
-        try:
-            found[name] = torch.linalg.svdvals(_jacobian(end, start))
-        except RuntimeError as error:
-            raise ValueError(f"layer {name!r} must lead to the layer that runs next: {error}") from error
+        with torch.inference_mode(False):
+            rows = _jacobian(end, start)
+        if rows is None:
+            raise ValueError(f"layer {name!r} must lead to the layer that runs next, as in a chain")
+        found[name] = torch.linalg.svdvals(rows)
     return found
+
+
+def _leaf(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    return x.detach().clone().requires_grad_()
 
 
 def _run(model: nn.Module, x: Tensor) -> Tensor:
     # Copies: batch norm in train mode updates its buffers in place.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    output: Tensor = torch.func.functional_call(model, buffers, (x,))
+    output: Tensor = torch.func.functional_call(model, buffers, (x.clone(),))  # a leaf could not be changed in place
     if output.dim() == 0 or len(output) != len(x):
         raise ValueError(f"model must map a batch of {len(x)} to as many outputs, got shape {tuple(output.shape)}")
     return output
 
 
-def _jacobian(output: Tensor, x: Tensor) -> Tensor:
-    """[batch, d_out, d_in]. Examples are independent, so the gradient of a sum over the batch holds a row of each."""
-    sums = output.flatten(1).sum(0)
-    rows = [torch.autograd.grad(total, x, retain_graph=True)[0].flatten(1) for total in sums]
+def _jacobian(output: Tensor, x: Tensor) -> Tensor | None:
+    """[batch, d_out, d_in]; None where no path leads from x to the output.
+
+    Examples are independent, so the gradient of a sum over the batch holds a row of each.
+    """
+    if not (output.requires_grad and x.requires_grad):
+        return None
+    rows = []
+    for total in output.flatten(1).sum(0):
+        (row,) = torch.autograd.grad(total, x, retain_graph=True, allow_unused=True)
+        if row is None:
+            return None
+        rows.append(row.flatten(1))
     return torch.stack(rows, dim=1)
