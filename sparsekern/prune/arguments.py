@@ -63,6 +63,8 @@ def all_named(allocation: Mapping[str, float], layers: Layers) -> dict[str, floa
         wrong = ", ".join(sorted(set(allocation) ^ set(layers)))
         raise ValueError(f"allocation must give a density for every layer and no other; missing or unknown: {wrong}")
     for name, density in allocation.items():
+        if not isinstance(density, Real):
+            raise TypeError(f"allocation[{name!r}] must be a density in [0, 1], got {type(density).__name__}")
         if not 0 <= density <= 1:
             raise ValueError(f"allocation[{name!r}] must be a density in [0, 1], got {density}")
     return dict(allocation)
@@ -95,6 +97,13 @@ def check_rules(
         raise ValueError(f"allocation must be one of {get_args(Allocation)}, or {{layer: density}}, got {allocation!r}")
     if placement == "global" and allocation != "global":
         raise ValueError(f"placement 'global' needs allocation 'global', got {allocation!r}")
+    for name, limit in (("min_density", min_density), ("max_density", max_density)):
+        if not isinstance(limit, Real):
+            raise TypeError(f"{name} must be one number for all layers, got {type(limit).__name__}")
+    if placement == "global" and (min_density, max_density) != (0, 1):
+        raise ValueError(
+            f"min_density and max_density cannot be given with placement 'global', got {min_density}, {max_density}"
+        )
     if type(min_blocks) is not int:
         raise TypeError(f"min_blocks must be an integer, got {type(min_blocks).__name__}")
     if min_blocks < 0:

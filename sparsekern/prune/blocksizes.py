@@ -58,6 +58,25 @@ def _adjusted(name: str, layer: nn.Linear | nn.Conv2d, blocksize: Blocksize, cla
     return bh, bw
 
 
+def covering(pair: Blocksize, kept: int, rows: int) -> Blocksize:
+    """``pair``, or the largest of its divisors of which ``kept`` weights make a block for every block row.
+
+    Every output then has an input, so that paths lead through every layer, whatever is drawn.
+    """
+
+    def enough(bh: int, bw: int) -> bool:
+        return kept // (bh * bw) >= -(-rows // bh)
+
+    bh, bw = pair
+    while (bh, bw) != (1, 1) and not enough(bh, bw):
+        bh, bw = bh // _least_factor(bh), bw // _least_factor(bw)
+    return bh, bw
+
+
+def _least_factor(n: int) -> int:
+    return next((factor for factor in range(2, n + 1) if n % factor == 0), 1)
+
+
 def check_blocksize(name: str, pair: object) -> None:
     """Raise TypeError or ValueError unless ``pair`` is a block size (bh, bw)."""
     if not isinstance(pair, tuple) or len(pair) != 2 or not all(type(n) is int for n in pair):

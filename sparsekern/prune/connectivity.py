@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..eligible import convertible, evaluating, fitting_layers
 from ..pattern import BlockPattern, tile
 from ..weights import weight_from_matrix, weight_matrix
+from .arguments import checked_scores
 from .patterns import Patterns
 from .placement import cpu_generator, drawn_order
 from .scores.gradients import Scores, parameter_name, undisturbed
@@ -25,7 +26,8 @@ from .scores.gradients import Scores, parameter_name, undisturbed
 _PASSING = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
     nn.Softplus, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.Dropout,
-    nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d,
+    nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm1d,
+    nn.InstanceNorm2d, nn.Softmin, nn.LogSigmoid, nn.Identity,
 )  # fmt: skip
 # What an absent block weighs while looking for a place: paths that need fewer of them are better by this factor.
 LEAK = 1e-6
@@ -76,9 +78,10 @@ class Connectivity(dict[str, LayerConnectivity]):
 def connectivity(model: nn.Module, patterns: Mapping[str, BlockPattern], image_shape: Sequence[int]) -> Connectivity:
     """Which of the kept weights lie on a path from an input to an output. Changes nothing.
 
-    The model runs once, in evaluation mode and float64, on ones, with 1 for every kept weight and no biases; modules of
-    activation, normalisation and dropout pass their input on, max pooling takes means. Networks that do other than
-    that (attention, differences, products of activations) are not covered.
+    The model runs once, in evaluation mode and float64, on ones, with 1 for every kept weight and every other parameter
+    and no biases; modules of activation, normalisation and dropout pass their input on, max pooling takes means.
+    Networks that do other than that (attention, differences, products of activations, normalisation by functions) are
+    not covered.
 
     Args:
         model: dense.
@@ -86,7 +89,7 @@ def connectivity(model: nn.Module, patterns: Mapping[str, BlockPattern], image_s
         image_shape: of one example, such as (1, 28, 28).
 
     Raises:
-        ValueError: patterns name what is no layer, or do not fit it.
+        ValueError: there are no patterns, or they name what is no layer, or do not fit it.
     """
     masks = _masks(model, patterns)
     flow = _flow(model, masks, image_shape)
@@ -112,17 +115,26 @@ def reconnect(
 ) -> Patterns:
     """Move blocks that are on no path to where they are. Changes nothing; as many blocks in every layer as before.
 
-    Layer by layer, in the order of ``patterns``, blocks without a path go to places where one needs the fewest further
-    blocks, drawn there in proportion to their scores with even rows; up to three times over. A layer without any block
-    gets none: give it one with ``min_blocks``.
+    Layer by layer, in the order of ``patterns``, blocks of which no weight is on a path go to places where one needs
+    the fewest further blocks, drawn there in proportion to their scores with even rows; up to three times over. A layer
+    without any block gets none: give it one with ``min_blocks``.
 
     Args:
         model, patterns, image_shape: as in :func:`connectivity`.
         scores: {parameter name: scores}, not negative; all alike by default.
         generator: CPU generator; a fresh one with seed 0 by default.
+
+    Raises:
+        ValueError: as :func:`connectivity`; scores that are missing, of another shape, negative or not finite.
     """
     generator = cpu_generator(generator)
     masks = _masks(model, patterns)
+    likelies: dict[str, Tensor] = {}
+    if scores is not None:
+        likelies, _ = checked_scores(fitting_layers(model, patterns), scores)
+        for name, likely in likelies.items():
+            if bool((likely < 0).any()):
+                raise ValueError(f"scores[{parameter_name(name, 'weight')!r}] must not be negative")
     result = dict(patterns)
     for _ in range(3):
         moved = 0
@@ -138,8 +150,7 @@ def reconnect(
             reach = (reach.clamp_min(1e-300).log() / -torch.tensor(LEAK, dtype=torch.float64).log()).round()
             likely = torch.ones(pattern.grid, dtype=torch.float64)
             if scores is not None:
-                matrix = weight_matrix(scores[parameter_name(name, "weight")].double().cpu())
-                likely = tile(matrix, pattern.blocksize).flatten(2).mean(-1)
+                likely = tile(weight_matrix(likelies[name]), pattern.blocksize).flatten(2).mean(-1)
             order = drawn_order(likely, generator)
             order = order[reach.flatten()[order].argsort(descending=True, stable=True)]
             stays = kept & ~idle
@@ -158,6 +169,8 @@ def reconnect(
 
 def _masks(model: nn.Module, patterns: Mapping[str, BlockPattern]) -> dict[str, Tensor]:
     """1 for every kept weight, 0 elsewhere, as float64 matrices, for all layers of the model."""
+    if not patterns:
+        raise ValueError("patterns must hold the pattern of a layer")
     fitting_layers(model, patterns)
     masks = {}
     for name, layer in convertible(model)[0].items():
@@ -173,7 +186,8 @@ def _flow(model: nn.Module, masks: Mapping[str, Tensor], image_shape: Sequence[i
     tensors: dict[str, Tensor] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
-            tensors[name] = torch.zeros_like(tensor, dtype=torch.float64) if name.endswith("bias") else tensor.double()
+            # Ones, whatever a parameter is: weights of both signs would let paths cancel.
+            tensors[name] = torch.full_like(tensor, 0 if name.endswith("bias") else 1, dtype=torch.float64)
     leaves = {}
     for name, layer in layers.items():
         # Means over what is kept, so that no sum overflows.

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..pattern import BlockPattern
 from . import scores
+from .allocation import best, densities, exact_counts, top_k
+from .arguments import chosen_layers
 from .blocksizes import Blocksize
 from .by_time import Of, in_time
 from .patterns import Patterns
 from .placement import cpu_generator, drawn_order, first
 from .scores import Batches, LossFn
-from .scores.gradients import pairs
+from .scores.gradients import pairs, parameter_name
+from .scores.progressive import Choose
 from .scores.snip import Accumulate
 from .selection import Selection, from_scores
 
@@ -63,8 +66,18 @@ def _select(
     return in_time(model, found, asked, blocksize, example, of=of or "inference", loss_fn=loss_fn, **selection)
 
 
+def _known(rules: Rules) -> None:
+    """Before any score is computed."""
+    for name in rules:
+        if name not in Rules.__annotations__:
+            raise TypeError(
+                f"got an unexpected keyword argument {name!r}; pruning takes {', '.join(Rules.__annotations__)}"
+            )
+
+
 def _default(sparsity: float | None, rules: Rules) -> float | None:
     """The sparsity that is meant where none is given."""
+    _known(rules)
     if rules.get("speedup") is not None:
         if sparsity is not None:
             raise ValueError(f"sparsity and speedup cannot both be given, got {sparsity} and {rules['speedup']}")
@@ -81,6 +94,33 @@ def _default(sparsity: float | None, rules: Rules) -> float | None:
 def _of_rounds(sparsity: float, rules: Rules) -> float | None:
     """The sparsity to prune to, where rounds end at ``sparsity``."""
     return sparsity if rules.get("speedup") is None else None
+
+
+def _rounds(model: nn.Module, rules: Rules) -> Choose:
+    """What each round keeps: excluded layers whole, of the others the best, by the allocation that is asked for.
+
+    Rounds that kept other numbers than the selection after them would leave it weights of score 0 to choose from.
+    """
+    _known(rules)
+    allocation = rules.get("allocation", "global")
+    if isinstance(allocation, Mapping):
+        raise ValueError("allocation must be a rule, not densities, for scores that are taken in rounds")
+    layers = chosen_layers(model, rules.get("exclude", ()))
+    shapes = {parameter_name(name, "weight"): tuple(layer.weight.shape) for name, layer in layers.items()}
+
+    def choose(found: scores.Scores, density: float) -> dict[str, Tensor]:
+        masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in found.items()}
+        ranked = {name: found[name] for name in shapes}
+        kept = max(1, round(density * sum(score.numel() for score in ranked.values())))
+        if allocation == "global":
+            return masks | top_k(ranked, kept)
+        share = densities(shapes, allocation, density)
+        sizes = {name: share[name] * score.numel() for name, score in ranked.items()}
+        most = {name: score.numel() for name, score in ranked.items()}
+        counts = exact_counts(sizes, kept, dict.fromkeys(ranked, 0), most)
+        return masks | {name: best(score, counts[name]) for name, score in ranked.items()}
+
+    return choose
 
 
 def snip(
@@ -191,7 +231,7 @@ def synflow(
 ) -> Patterns:
     """Prune by SynFlow, without data. Arguments and errors as in
     :func:`scores.synflow <sparsekern.prune.scores.synflow>` and :func:`from_scores`."""
-    found = scores.synflow(model, image_shape, sparsity, rounds=rounds)
+    found = scores.synflow(model, image_shape, sparsity, rounds=rounds, choose=_rounds(model, rules))
     return _select(model, found, _of_rounds(sparsity, rules), blocksize, rules)
 
 
@@ -207,7 +247,8 @@ def iterative_snip(
 ) -> Patterns:
     """Prune by SNIP in rounds; with ``speedup``, ``sparsity`` is where the rounds end. Arguments and errors as in
     :func:`scores.iterative_snip <sparsekern.prune.scores.iterative_snip>` and :func:`from_scores`."""
-    found = scores.iterative_snip(model, batches, loss_fn, sparsity, rounds=rounds)
+    choose = _rounds(model, rules)
+    found = scores.iterative_snip(model, batches, loss_fn, sparsity, rounds=rounds, choose=choose)
     return _select(model, found, _of_rounds(sparsity, rules), blocksize, rules, batches, loss_fn)
 
 
@@ -223,7 +264,8 @@ def force(
 ) -> Patterns:
     """Prune by FORCE; with ``speedup``, ``sparsity`` is where the rounds end. Arguments and errors as in
     :func:`scores.force <sparsekern.prune.scores.force>` and :func:`from_scores`."""
-    found = scores.force(model, batches, loss_fn, sparsity, rounds=rounds)
+    choose = _rounds(model, rules)
+    found = scores.force(model, batches, loss_fn, sparsity, rounds=rounds, choose=choose)
     return _select(model, found, _of_rounds(sparsity, rules), blocksize, rules, batches, loss_fn)
 
 

@@ -14,7 +14,7 @@ from ..pattern import BlockPattern
 from ..weights import weight_matrix
 from .allocation import Allocation, best, densities, exact_counts, top_k, whole_blocks
 from .arguments import all_named, check_rules, checked_scores, chosen_layers
-from .blocksizes import Blocksize, blocksizes
+from .blocksizes import Blocksize, blocksizes, covering
 from .patterns import Patterns
 from .placement import Balance, Placement, best_order, cpu_generator, drawn_order, first
 from .scores.gradients import Scores
@@ -68,22 +68,25 @@ def from_scores(
         blocksize: (bh, bw), or one per layer; :func:`blocksizes` says where it gives way.
         allocation: "global": as many weights as a layer has among the best of all, ranked together one by one;
             "uniform", "erk", "igq": :func:`~sparsekern.prune.allocation.densities`; or {layer: density} for all layers,
-            such as ``{name: p.density for name, p in patterns.items()}`` from another method.
+            such as ``{name: p.density for name, p in patterns.items()}`` from another method; where a limit raises or
+            lowers one of them, the others stay.
         placement: which blocks of a layer to keep.
             "draw": at random in proportion to their score (those of score 0 or less last);
             "random": at random;
             "best": those with the best score in the layer;
-            "auto": "best" where blocks are (1, 1) or whole channels, "draw" in all others;
+            "auto": "best" where blocks are (1, 1) or whole channels, "draw" in all others. Where a layer would keep
+            fewer blocks than it has block rows, so that outputs had none, its blocks are made smaller (a ``blocksize``
+            by name is taken at its word);
             "global": those with the best score in the model, whatever layer they are in; only for allocation "global".
         balance: of "draw" and "random": the same number (±1) of blocks in every block "rows", in "both" rows and
             columns (columns as far as that can be), or "none"; "auto" is "both", but "rows" for single weights, where
             it makes little difference and many draws take long.
         granularity: "block"; "kernel" (the blocks of all taps that join the same channels go together); "channel"
-            (block rows go whole).
+            (block rows go whole; exclude the last layer, whose rows are the classes).
         block_score: of several weights: their "mean"; "l2", the root of their mean square; "gate", the size of the mean
             of signed scores.
         min_blocks: blocks that each layer keeps in any case.
-        min_density, max_density: of every layer, in [0, 1].
+        min_density, max_density: of every layer, in [0, 1]; not with placement "global".
         exclude: layers to leave dense, by name or by type; they do not count.
         generator: CPU generator for the draws; a fresh one with seed 0 by default.
 
@@ -120,20 +123,21 @@ def from_scores(
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
     given = all_named(allocation, layers) if isinstance(allocation, Mapping) else {}
     if sparsity is None:
-        kept = sum(round(density * weights[name].numel()) for name, density in given.items())
+        asked = {name: round(density * weights[name].numel()) for name, density in given.items()}
+        kept = sum(min(max(size, floors[name]), ceilings[name]) for name, size in asked.items())
     else:
         kept = round(total * (1 - sparsity))
     if sum(floors.values()) > kept:
         raise ValueError(
             f"sparsity {sparsity} leaves {kept} weights, but min_blocks={min_blocks} and min_density={min_density} in "
-            f"each of {len(layers)} layers need {sum(floors.values())}: lower one of them"
+            f"each of {len(layers)} layers need {sum(floors.values())}: lower one of the three"
         )
     room = sum(ceilings.values()) + sum(score.numel() for score in biases.values())
     if kept > room:
         raise ValueError(f"sparsity {sparsity} leaves {kept} weights, but max_density={max_density} allows {room}")
 
     if placement == "global":
-        masks, bias_masks = _globally(grids, biases, min_blocks, kept)
+        masks, bias_masks = _globally(grids, {name: flat[name] for name in biases}, min_blocks, kept)
     else:
         ranked = top_k(flat, kept, floors, ceilings) if allocation == "global" else {}
         if allocation == "global":
@@ -145,6 +149,12 @@ def from_scores(
             sizes = {name: wanted[name] * math.prod(shape) for name, shape in shapes.items()}
             targets = exact_counts(sizes, kept, floors, ceilings)
         bias_masks = {name: ranked[name] for name in biases}
+        if placement == "auto" and granularity == "block" and not isinstance(blocksize, Mapping):
+            for name, layer in layers.items():
+                pair = covering(pairs[name], targets[name], layer.weight.shape[0])
+                if pair != pairs[name]:
+                    log.info("layer %r gets blocks of %s, not %s, to reach every output", name, pair, pairs[name])
+                    pairs[name], grids[name] = pair, units(layer, weights[name], pair, granularity, block_score)
         masks = _within_layers(grids, targets, placement, balance, granularity, generator)
     drop_bias = _fallen(bias_masks)
     patterns = {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...eligible import evaluating
 from .gradients import Scores, scored_parameters, undisturbed
-from .progressive import in_rounds
+from .progressive import Choose, in_rounds
 
 
 def magnitude(model: nn.Module) -> Scores:
@@ -31,7 +31,9 @@ def random(model: nn.Module, generator: torch.Generator | None = None) -> Scores
     }
 
 
-def synflow(model: nn.Module, image_shape: Sequence[int], sparsity: float, *, rounds: int = 100) -> Scores:
+def synflow(
+    model: nn.Module, image_shape: Sequence[int], sparsity: float, *, rounds: int = 100, choose: Choose | None = None
+) -> Scores:
     """SynFlow: the share of each weight in the sum, over all paths, of the product of absolute weights along the path.
 
     The model runs in evaluation mode and float64 with the absolute values of its parameters and buffers on an input of
@@ -45,6 +47,7 @@ def synflow(model: nn.Module, image_shape: Sequence[int], sparsity: float, *, ro
         image_shape: of one example, such as (1, 28, 28).
         sparsity: the fraction of the weights to be removed in the end, in [0, 1).
         rounds: steps, at least 1.
+        choose: as in :func:`iterative_snip`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -68,7 +71,7 @@ def synflow(model: nn.Module, image_shape: Sequence[int], sparsity: float, *, ro
             for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
         }
 
-    return in_rounds(score, weights, sparsity, rounds)
+    return in_rounds(score, weights, sparsity, rounds, choose)
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ def grasp(
         temperature: outputs are divided by it, as in the authors' code.
 
     Raises:
-        TypeError, ValueError: as :func:`snip`; ``temperature`` is not positive; ``batches`` can be iterated only once.
+        TypeError, ValueError: as :func:`snip`; ``temperature`` is not positive; ``batches`` can be iterated only once;
+            weights of float16, in which second derivatives at this temperature vanish.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -40,6 +41,9 @@ def grasp(
         return loss_fn(output / temperature, target)
 
     weights = scored_parameters(model)
+    for name, weight in weights.items():
+        if weight.dtype == torch.float16:
+            raise ValueError(f"{name!r} must not be float16, in which second derivatives vanish: score in float32")
     gradients = summed_gradients(model, weights, batches, cooled)
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     products = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
