@@ -301,7 +301,7 @@ def test_time_is_measured_and_shown_beside_accuracy(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(frontier, "WIDTHS", (1.0, 0.5))
     monkeypatch.setattr(blocks, "SPARSITIES", (0.9, 0.5))
     cells, of_blocks = frontier.cells(base), blocks.cells(base)
-    assert cells["8x8", "90%"] == of_blocks["90%, draw, rows and columns even", "8x8"]
+    assert cells["8x8", "90%"] == of_blocks["90%, default", "8x8"]
     assert cells["1x1, global SNIP", "50%"] == of_blocks["50%, global", "1x1"]
     assert cells[frontier.NARROW, "width 0.5"].width == 0.1
     for accuracy, one in zip((0.8, 0.7, 0.6, 0.5, 0.4), cells.values(), strict=False):

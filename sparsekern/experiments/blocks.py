@@ -13,6 +13,7 @@ BLOCKS = ((1, 1), (4, 1), (1, 8), (4, 4), (8, 8), (16, 16), (8, 1), (16, 1), (32
 SPARSITIES = (0.9, 0.95, 0.98, 0.8)
 # Name in tables and plots: the fields of a cell.
 PLACEMENTS: dict[str, dict[str, Any]] = {
+    "default": {},
     "global": {"placement": "global"},
     "best": {"placement": "best"},
     "draw": {"placement": "draw", "balance": "none"},
@@ -39,7 +40,7 @@ def cells(base: Cell) -> dict[tuple[str, str], Cell]:
     for sparsity in SPARSITIES:
         for name, rules in PLACEMENTS.items():
             for block in BLOCKS:
-                if block == (1, 1) and rules["placement"] == "best":
+                if block == (1, 1) and rules.get("placement", "best") == "best":
                     continue  # for single weights that is "global"
                 cell = base.but(sparsity=sparsity, blocksize=block, **rules)
                 found[f"{sparsity:.0%}, {name}", f"{block[0]}x{block[1]}"] = cell

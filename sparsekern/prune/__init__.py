@@ -4,7 +4,8 @@
 stand; ``selection`` puts the two together for any scores, and ``methods`` has a function for each score. ``losses``
 holds those that need no labels.
 
-The paper's own SNIP, where all weights and biases of the model compete and training starts from fresh weights::
+The paper's own SNIP, where all weights and biases of the model compete (biases are 0, as ``models.build`` leaves them)
+and training starts from fresh weights::
 
     model.eval()  # batch norm is an identity before training
     patterns = prune.snip(

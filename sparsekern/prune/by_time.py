@@ -212,7 +212,7 @@ def _next(tried: list[tuple[float, float]], asked: float, least: float, most: fl
     budget, found = tried[-1]
     fast = max((entry for entry in tried if entry[1] > asked), default=(least, math.inf))
     slow = min((entry for entry in tried if entry[1] <= asked), default=(most, 1.0))
-    if slow[0] <= 1.02 * fast[0]:
+    if slow[0] <= 1.1 * fast[0]:
         return min(max(budget * found / asked, least), most)
     if math.isinf(fast[1]) or slow[1] == 1.0:
         wanted = budget * found / asked

@@ -213,7 +213,7 @@ def _fallen(bias_masks: Mapping[str, Tensor]) -> frozenset[str]:
         if bool(mask.any()) and not bool(mask.all()):
             raise ValueError(
                 f"the bias of layer {_layer_of(name)!r} would keep {int(mask.sum())} of {mask.numel()} entries: layers "
-                "keep all or none"
+                "keep all or none. The authors begin with biases of 0, which all fall; or give biases='keep'"
             )
     return frozenset(_layer_of(name) for name, mask in bias_masks.items() if not bool(mask.any()))
 
