@@ -33,7 +33,7 @@ Of = Literal["inference", "eval", "step"]
 CANDIDATES: tuple[Blocksize, ...] = ((1, 1), (4, 1), (8, 8), (16, 16))
 # A smaller block is taken where it costs at most this much more per weight: it prunes more finely.
 WORTH = 1.25
-TOLERANCE, TRIES, ROUNDS = 0.03, 8, 15
+TOLERANCE, TRIES, ROUNDS = 0.03, 12, 15
 
 
 class LayerTime(NamedTuple):
