@@ -173,6 +173,9 @@ def _experiment(options: argparse.Namespace, console: Console) -> int:
 
     if options.jobs < 0:
         raise ValueError(f"--jobs must not be negative, got {options.jobs}")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out must be a folder, but {options.out} is a file")
+    options.out.mkdir(parents=True, exist_ok=True)
     run = EXPERIMENTS[options.name]
     with _Live(console) as live:
         table = run(options.name, options.out, options.seeds, options.jobs, options.quick, live.show)

@@ -241,9 +241,34 @@ def wait_for(look: Callable[[], Any]) -> Any:
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text('{"cell": "x"}\n{"cell": "y", "result": {}}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1, is no result"):
-        grid.read(file)
+    for bad in (b'{"cell": "x"}', b'{"cell": "x", "result": 3}', b"\xff\xfe", b"nonsense"):
+        file.write_bytes(bad + b'\n{"cell": "y", "result": {}}\n')
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1, is no result"):
+            grid.read(file)
+    file.write_bytes(b'{"cell": "y", "result": {}}\n{"cell": "z", "result": {}}')  # cut off before its newline
+    assert list(grid.read(file)) == ["y"]
+    grid._append(file, "w", {})
+    assert list(grid.read(file)) == ["y", "w"]
+
+
+def test_several_commands_can_write_to_one_file(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from sparsekern.experiments import grid\n"
+        "for n in range(40): grid._append(Path(sys.argv[1]), sys.argv[2] + str(n), {'x': 'y' * 3000})"
+    )
+    file = tmp_path / "a.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(file), name]) for name in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(grid.read(file)) == 120
+
+
+def test_a_folder_that_cannot_be_is_named_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "_computed", lambda keys, jobs: pytest.fail("computed before the folder was looked at"))
+    (tmp_path / "file").touch()
+    assert cli.main(["experiment", "scores", "--quick", "--out", str(tmp_path / "file")]) == 1
+    assert "--out must be a folder" in capsys.readouterr().err
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

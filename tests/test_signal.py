@@ -207,6 +207,37 @@ def test_what_changes_its_input_and_inference_mode_are_no_obstacle() -> None:
             of(model, torch.ones(2, 4, dtype=torch.long))
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.inner(x)
+        return x
+
+
+def test_an_input_that_is_changed_later_and_half_precision() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Residual(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"input of layer '1\.inner' must not be changed in place"):
+        isometry.layer_jacobian_singular_values(model, torch.randn(2, 3))
+    layer = nn.Sequential(nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    for of in (isometry.jacobian_singular_values, lambda m, x: isometry.layer_jacobian_singular_values(m, x)["0"]):
+        expected = of(layer.float(), x)
+        torch.testing.assert_close(of(layer.bfloat16(), x.bfloat16()), expected, rtol=0.05, atol=0.02)
+    for init in (isometry.orthogonal_, *INITIALISERS):
+        with pytest.raises(ValueError, match="gain must be finite, got nan"):
+            init(layer, gain=float("nan"))
+    with pytest.raises(TypeError, match="steps must be an integer, got float"):
+        isometry.approximate_isometry_(layer, steps=2.5)
+    half = nn.Sequential(nn.Linear(400, 2)).half()
+    half[0].weight.data.fill_(6e4)
+    pattern = BlockPattern.from_mask(torch.arange(800).view(2, 400) % 400 == 0, (1, 1), (2, 400))
+    with pytest.raises(ValueError, match="not finite, or would be after scaling"):
+        isometry.fan_in_rescale_(half, {"0": pattern})
+
+
 def test_rescaling_a_dense_model_needs_patterns() -> None:
     with pytest.raises(ValueError, match="patterns must be given for a model without sparse layers"):
         isometry.fan_in_rescale_(nn.Sequential(nn.Linear(4, 3)))

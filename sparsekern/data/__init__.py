@@ -109,6 +109,8 @@ def _standardise(
         counts = torch.bincount(channel.flatten(), minlength=256).double()
         mean.append(float((counts * levels).sum() / counts.sum()))
         std.append(float(((counts * (levels - mean[-1]) ** 2).sum() / counts.sum()).sqrt()))
+    if not min(std) > 0:
+        raise ValueError(f"{name}: the training images must not be all alike in a channel, but deviate by {std}")
 
     def scale(images: Tensor) -> Tensor:
         return images.float().div_(255).sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))

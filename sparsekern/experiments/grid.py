@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -29,14 +30,12 @@ def read(file: Path) -> Results:
     if not file.exists():
         return {}
     found: Results = {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut off, or is nothing
         try:
             entry = json.loads(line)
-            found[entry["cell"]] = entry["result"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
+            found[entry["cell"]] = dict(entry["result"])
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}, is no result of an experiment: {error}") from error
     return found
 
@@ -54,6 +53,8 @@ def fill(
     """
     wanted = list(dict.fromkeys(cell.key for cell in cells))
     results = read(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.open("ab").close()  # now, not after an hour, if it cannot be written
     missing = [key for key in wanted if key not in results]
     done = len(wanted) - len(missing)
     progress("cells", done, len(wanted), "")
@@ -104,11 +105,11 @@ def _run(key: str) -> dict[str, Any]:
 
 
 def _append(file: Path, key: str, result: dict[str, Any]) -> None:
-    """One whole line at the end of the file; a cut-off line before it goes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """One whole line at the end of the file, which other commands may write to; a cut-off line before it goes."""
     line = json.dumps({"cell": key, "result": result}) + "\n"
     with file.open("a+b") as stream:
-        if stream.tell():
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":
                 stream.seek(0)

@@ -67,7 +67,7 @@ def approximate_isometry_(
         lr: step size of the gradient descent; "fast" has none.
 
     Raises:
-        TypeError: a pattern that is no BlockPattern.
+        TypeError: a pattern that is no BlockPattern, steps that are no integer.
         ValueError: an argument out of range, nothing to work on, a pattern that does not fit its layer, weights that
             are not finite or do not stay so. Nothing has changed then.
     """
@@ -76,6 +76,8 @@ def approximate_isometry_(
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
     steps = STEPS[mode] if steps is None else steps
+    if type(steps) is not int:
+        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
     layers = _pruned_layers(model, patterns)
@@ -127,8 +129,9 @@ def fan_in_rescale_(model: nn.Module, patterns: Mapping[str, BlockPattern] | Non
         matrix, mask = _kept(layer, pattern)
         kept = mask.sum(1, keepdim=True)
         results[name] = matrix * (mask.shape[1] / kept.clamp_min(1).to(matrix.dtype)).sqrt(), mask
-        if not bool(results[name][0].isfinite().all()):
-            raise ValueError(f"layer {name!r} has weights that are not finite")
+        stored = layer.values if isinstance(layer, SparseLinear | SparseConv2d) else layer.weight
+        if not bool(results[name][0].to(stored.dtype).isfinite().all()):
+            raise ValueError(f"layer {name!r} has weights that are not finite, or would be after scaling")
     for name, (layer, pattern) in layers.items():
         _put(layer, pattern, *results[name])
 

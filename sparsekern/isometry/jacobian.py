@@ -72,16 +72,19 @@ def layer_jacobian_singular_values(model: nn.Module, x: Tensor) -> dict[str, Ten
         {name: [batch, min(d_in, d_out)]}, descending, in the order in which layers run.
 
     Raises:
-        ValueError: a layer runs twice, does not lead to the next, or has a Jacobian of over 2**24 elements; the model
-            runs none; as :func:`jacobian_singular_values`.
+        ValueError: a layer runs twice, does not lead to the next, has its input changed in place, or a Jacobian of over
+            2**24 elements; the model runs none; as :func:`jacobian_singular_values`.
     """
     kinds = (nn.Linear, nn.Conv2d, SparseLinear, SparseConv2d)
     inputs: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
 
     def capture(name: str, arguments: tuple[Any, ...]) -> None:
         if name in inputs:
             raise ValueError(f"layer {name!r} runs twice: it has no Jacobian of its own")
-        inputs[name] = arguments[0]
+        if not arguments:
+            raise ValueError(f"layer {name!r} must get its input as a positional argument")
+        inputs[name], versions[name] = arguments[0], arguments[0]._version
 
     handles = [
         module.register_forward_pre_hook(lambda _, arguments, name=name: capture(name, arguments))
@@ -96,6 +99,9 @@ def layer_jacobian_singular_values(model: nn.Module, x: Tensor) -> dict[str, Ten
             handle.remove()
     if not inputs:
         raise ValueError("model runs no nn.Linear, nn.Conv2d, SparseLinear or SparseConv2d")
+    for name, start in inputs.items():
+        if start._version != versions[name]:
+            raise ValueError(f"the input of layer {name!r} must not be changed in place after the layer has read it")
     found = {}
     for (name, start), end in zip(inputs.items(), [*list(inputs.values())[1:], output], strict=True):
         size = start[0].numel() * end[0].numel()
@@ -137,4 +143,5 @@ def _jacobian(output: Tensor, x: Tensor) -> Tensor | None:
         if row is None:
             return None
         rows.append(row.flatten(1))
-    return torch.stack(rows, dim=1)
+    # There is no SVD in half precision.
+    return torch.stack(rows, dim=1).to(torch.promote_types(x.dtype, torch.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ def orthogonal_(model: nn.Module, gain: float = 1.0, generator: torch.Generator 
     Raises:
         ValueError: the model has no such layer.
     """
-    for layer in _layers(model).values():
+    for layer in _layers(model, gain).values():
         for part in layer.weight.chunk(_groups(layer)):
             part.copy_(_orthogonal(part.flatten(1), generator).view(part.shape) * gain)
         _no_bias(layer)
@@ -42,7 +44,7 @@ def delta_orthogonal_(model: nn.Module, gain: float = 1.0, generator: torch.Gene
 
     Args, raises: as :func:`orthogonal_`.
     """
-    for layer in _layers(model).values():
+    for layer in _layers(model, gain).values():
         for part in layer.weight.chunk(_groups(layer)):
             taps = part
             if isinstance(layer, nn.Conv2d):
@@ -66,7 +68,7 @@ def block_orthogonal_(model: nn.Module, gain: float = 1.0, generator: torch.Gene
     Raises:
         ValueError: the model has no layer that can be sparse, or a kernel that is not square. Nothing has changed then.
     """
-    layers = _layers(model)
+    layers = _layers(model, gain)
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size[0] != layer.kernel_size[1]:
             kh, kw = layer.kernel_size
@@ -116,10 +118,14 @@ def _convolved(kernel: Tensor, small: tuple[tuple[Tensor, Tensor], tuple[Tensor,
     return found
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def _layers(model: nn.Module, gain: float) -> dict[str, nn.Linear | nn.Conv2d]:
+    if not math.isfinite(gain):
+        raise ValueError(f"gain must be finite, got {gain}")
     layers, _ = convertible(model)
     if not layers:
-        raise ValueError("model has no nn.Linear or nn.Conv2d that can be sparse")
+        raise ValueError(
+            "model has no nn.Linear or nn.Conv2d that can be sparse; sparse layers are filled before they are"
+        )
     return layers
 
 

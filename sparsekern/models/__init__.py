@@ -116,6 +116,8 @@ def build(
 
 def image_shape(name: str) -> Image:
     """(channels, height, width) of the images that ``build(name)`` is for."""
+    if name not in _BUILDERS:
+        raise ValueError(f"name must be one of {', '.join(_BUILDERS)}, got {name!r}")
     return _default_image(name)
 
 

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,9 @@ def rates(schedule: Schedule, lr: float, steps: int) -> tuple[float, ...]:
         return one_cycle(lr, steps)
     if schedule == "steps":
         return tuple(lr * 0.1 ** (4 * step // steps) for step in range(steps))
-    return (lr,) * steps
+    if schedule == "constant":
+        return (lr,) * steps
+    raise ValueError(f"schedule must be one of {get_args(Schedule)}, got {schedule!r}")
 
 
 @functools.cache

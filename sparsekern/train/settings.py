@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from .. import data, models
 from ..functional import Backend
+from ..prune.blocksizes import check_blocksize
 from . import output
 
 PRUNERS = ("snip", "random")
@@ -76,11 +77,11 @@ class Settings:
         _check("pruner", self.pruner, self.pruner in PRUNERS, f"one of {', '.join(PRUNERS)}")
         _check("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
         _check("sparsity", self.sparsity, 0 <= self.sparsity < 1, "the fraction removed, in [0, 1)")
-        _check("blocksize", self.blocksize, min(self.blocksize) >= 1, "at least 1 in both dimensions")
+        check_blocksize("blocksize", self.blocksize)
         _check("lr", self.lr, math.isfinite(self.peak_rate) and self.peak_rate > 0, "positive")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2**63)")
+        _check("seed", self.seed, type(self.seed) is int and 0 <= self.seed < 2**63, "a whole number in [0, 2**63)")
         for name, count in (("epochs", self.epochs), ("batch_size", self.batch_size), ("rounds", self.rounds)):
-            _check(name, count, count >= 1, "at least 1")
+            _check(name, count, type(count) is int and count >= 1, "a whole number of at least 1")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
         in_the_way = next((p for p in (self.out, *self.out.parents) if p.exists() and not p.is_dir()), None)
         _check("out", str(self.out), in_the_way is None, f"a folder, but {in_the_way} is a file")
