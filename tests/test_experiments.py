@@ -103,6 +103,11 @@ def test_shuffled_labels_and_a_diverging_rate() -> None:
 def test_unknown_names_are_named() -> None:
     with pytest.raises(ValueError, match=r"method must be .*, got 'snap'"):
         cell.run(SMALL.but(method="snap", sparsity=0.5))
+    for wrong in ({"images": 0}, {"epochs": -3}, {"labels": "q"}, {"isometry": True, "rescaled": True}):
+        with pytest.raises(ValueError, match="|".join(wrong)):
+            SMALL.but(**wrong)
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        cell.run(SMALL.but(method="dense", schedule="q"))
     for name in ("nothing", "normal", "normal:x"):
         with pytest.raises(ValueError, match=name):
             initial.fill_(torch.nn.Linear(3, 3), name)

@@ -167,6 +167,11 @@ class Branches(nn.Module):
         return self.left(x * 1) + self.right(x * 2)
 
 
+class SideBySide(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +186,7 @@ def test_what_is_no_chain_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for model, words in (
         (Branches(), "layer 'left' must lead to the layer that runs next"),
         (Twice(), "layer 'layer' runs twice"),
+        (SideBySide(), "layer 'left' must lead to the layer that runs next"),
         (nn.Tanh(), "model runs no nn.Linear"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -202,6 +208,8 @@ def test_what_changes_its_input_and_inference_mode_are_no_obstacle() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(isometry.jacobian_singular_values(plain, x.clone()), expected)
         assert isometry.layer_jacobian_singular_values(model, x.clone())["1"].shape == (2, 3)
+    scalar = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    torch.testing.assert_close(isometry.jacobian_singular_values(scalar, x)[0], scalar[0].weight.detach().norm()[None])
     for of in (isometry.jacobian_singular_values, isometry.layer_jacobian_singular_values):
         with pytest.raises(ValueError, match=r"x must be floating point, got torch\.int64"):
             of(model, torch.ones(2, 4, dtype=torch.long))

@@ -106,6 +106,10 @@ def test_multiply_adds_by_hand():
     assert measure.macs_per_layer(model, image) == conv | {"conv2": 8 * 8 * 3}
 
 
+def test_multiply_adds_of_a_sequence():
+    assert measure.macs_per_layer(nn.Sequential(nn.Linear(4, 5)), torch.zeros(1, 7, 4)) == {"0": 140}
+
+
 def test_overhang_of_edge_blocks_is_never_counted(dataset):
     """300 x 784 in blocks of 32 x 32: the last row of blocks has 12 rows, the last column 16 columns."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 300))

@@ -82,6 +82,15 @@ class Cell:
     shuffled: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("images", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.labels not in LOSSES:
+            raise ValueError(f"labels must be one of {', '.join(LOSSES)}, got {self.labels!r}")
+        if self.isometry and self.rescaled:
+            raise ValueError("isometry and rescaled cannot both be asked for")
+
     @property
     def key(self) -> str:
         """JSON of the fields that differ from their defaults: the same cell, the same key."""

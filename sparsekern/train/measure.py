@@ -27,7 +27,8 @@ def macs_per_layer(model: nn.Module, image: Tensor) -> dict[str, int]:
 
     def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            positions = output.numel() // output.shape[1]
+            convolution = isinstance(module, nn.Conv2d | SparseConv2d)
+            positions = output.numel() // output.shape[1 if convolution else -1]
             counts[name] = counts.get(name, 0) + positions * kept_weights(module)
 
         return hook

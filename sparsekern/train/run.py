@@ -191,8 +191,9 @@ class _Run:
         if settings.pruner == "random":
             return prune.random(self._fresh(), settings.sparsity, settings.blocksize, generator=generator)
         sample = torch.randperm(len(self.dataset.train_labels), generator=generator)[:SCORING_IMAGES]
-        # A training batch at a time: a thousand images in colour would take gigabytes.
-        parts = sample.split(settings.batch_size)
+        # At most a training batch at a time: a thousand images in colour would take gigabytes. Of nearly the same size,
+        # as batch norm refuses a single image.
+        parts = sample.tensor_split(-(-len(sample) // settings.batch_size))
         batches = [(self.dataset.train_images[part], self.dataset.train_labels[part]) for part in parts]
         return prune.snip(
             self._fresh(), batches, F.cross_entropy, settings.sparsity, settings.blocksize, generator=generator
