@@ -74,7 +74,7 @@ def test_a_cell_prunes_trains_and_tests() -> None:
         {"labels": "uniform"}, {"labels": "predicted"}, {"prune_on": "synthetic"},
         {"init": "orthogonal", "fresh": True},
         {"isometry": True}, {"rescaled": True}, {"init": "delta-orthogonal"}, {"init": "block-orthogonal"},
-        {"allocation": "erk"}, {"granularity": "channel"}, {"placement": "draw", "balance": "both"},
+        {"allocation": "erk"}, {"granularity": "channel"}, {"placement": "draw", "balance": "rows"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )  # fmt: skip

@@ -438,7 +438,7 @@ def test_shuffle_keeps_counts_and_rows_and_biases() -> None:
     model, pair = mlp(61, 50, 40, 10), data(61, 10)
     for layer in model[::2]:
         nn.init.zeros_(layer.bias)
-    patterns = prune.snip(model, pair, cross_entropy, 0.8, (4, 4), biases="score")
+    patterns = prune.snip(model, pair, cross_entropy, 0.8, {"0": (4, 4), "2": (4, 4)}, biases="score")
     twins = prune.shuffle(patterns)
     assert (twins.requested, twins.drop_bias) == (0.8, {"0", "2", "4"})
     for name, pattern in patterns.items():

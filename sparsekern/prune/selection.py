@@ -74,13 +74,13 @@ def from_scores(
             "draw": at random in proportion to their score (those of score 0 or less last);
             "random": at random;
             "best": those with the best score in the layer;
-            "auto": "best" where blocks are (1, 1) or whole channels, "draw" in all others. Where a layer would keep
-            fewer blocks than it has block rows, so that outputs had none, its blocks are made smaller (a ``blocksize``
-            by name is taken at its word);
+            "auto": "best" where single weights are asked for, or whole channels, "draw" in all others, layers where
+            blocks give way to single weights among them. Where a layer would keep fewer blocks than it has block rows,
+            so that outputs had none, its blocks are made smaller (a ``blocksize`` by name is taken at its word);
             "global": those with the best score in the model, whatever layer they are in; only for allocation "global".
         balance: of "draw" and "random": the same number (±1) of blocks in every block "rows", in "both" rows and
-            columns (columns as far as that can be), or "none"; "auto" is "both", but "rows" for single weights, where
-            it makes little difference and many draws take long.
+            columns (columns as far as that can be), or "none"; "auto" is "both", but "rows" where single weights are
+            asked for, where it makes little difference and many draws take long.
         granularity: "block"; "kernel" (the blocks of all taps that join the same channels go together); "channel"
             (block rows go whole; exclude the last layer, whose rows are the classes).
         block_score: of several weights: their "mean"; "l2", the root of their mean square; "gate", the size of the mean
@@ -155,7 +155,9 @@ def from_scores(
                 if pair != pairs[name]:
                     log.info("layer %r gets blocks of %s, not %s, to reach every output", name, pair, pairs[name])
                     pairs[name], grids[name] = pair, units(layer, weights[name], pair, granularity, block_score)
-        masks = _within_layers(grids, targets, placement, balance, granularity, generator)
+        single = {name for name in layers if _asked(blocksize, name) == (1, 1) and int(grids[name].sizes.max()) == 1}
+        ranked_layers = set(layers) if granularity == "channel" else single
+        masks = _within_layers(grids, targets, placement, balance, ranked_layers, generator)
     drop_bias = _fallen(bias_masks)
     patterns = {}
     for name, layer in layers.items():
@@ -166,24 +168,27 @@ def from_scores(
     return result
 
 
+def _asked(blocksize: Blocksize | Mapping[str, Blocksize], name: str) -> Blocksize:
+    return blocksize.get(name, (1, 1)) if isinstance(blocksize, Mapping) else blocksize
+
+
 def _within_layers(
     grids: Mapping[str, Units],
     targets: Mapping[str, int],
     placement: Placement,
     balance: Balance,
-    granularity: Granularity,
+    ranked: set[str],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
+    """Masks over units; "auto" takes the best in the layers ``ranked``, and draws in the others."""
     orders = {}
     for name, grid in grids.items():
-        whole = granularity == "channel" or int(grid.sizes.max()) == 1
-        if placement == "best" or (placement == "auto" and whole):
+        if placement == "best" or (placement == "auto" and name in ranked):
             orders[name] = best_order(grid.scores)
         else:
             likely = torch.ones_like(grid.scores) if placement == "random" else grid.scores
             limit = targets[name] // int(grid.sizes.min()) + 1
-            single = int(grid.sizes.max()) == 1
-            evenly = balance if balance != "auto" else "rows" if single else "both"
+            evenly = balance if balance != "auto" else "rows" if name in ranked else "both"
             orders[name] = drawn_order(likely, generator, evenly, limit)
     counts = whole_blocks({name: grids[name].sizes.flatten()[order] for name, order in orders.items()}, targets)
     return {name: first(order, counts[name], tuple(grids[name].sizes.shape)) for name, order in orders.items()}
