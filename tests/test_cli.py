@@ -116,7 +116,7 @@ def test_table_of_a_run_stopped_at_once(small_run, capsys, monkeypatch):
         (["--blocksize", "8x"], "must be two whole numbers such as 8x8, got '8x'"),
         (["--blocksize", "8"], "must be two whole numbers"),
         (["--blocksize", "0x8"], "blocksize must be at least 1"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
         (["--model", "resnet"], "--model"),
         (["--pruner", "magic"], "--pruner"),
         (["--threads", "0"], "threads must be at least 1"),
