@@ -327,3 +327,24 @@ def test_paths_through_convolutions_pooling_and_norms() -> None:
     assert (found["0"].effective, found["4"].effective, found["6"].effective) == (54, 6, 16)
     assert found["0"].dead_outputs == (1,) and found["4"].dead_outputs == (2,)
     assert all(module.training for module in model.modules())
+
+
+def test_grasp_of_attention_which_torch_fuses_without_second_derivatives() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(2, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+    torch.manual_seed(0)
+    batch = torch.randn(8, 6, 16), torch.arange(8)
+    found = prune.scores.grasp(Attention(), [batch], cross_entropy)
+    assert all(bool(score.any()) for score in found.values())
+
+
+def test_scores_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+        prune.snip(nn.Linear(4, 4), (torch.randn(2, 4), torch.arange(2)), cross_entropy, 0.5, (1, 1))

@@ -57,6 +57,8 @@ def undisturbed(model: nn.Module) -> Iterator[Callable[[Mapping[str, Tensor], An
 
     Whatever a call does to buffers, gradients and random states is undone, also when it raises.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("scores need gradients: call this outside torch.inference_mode()")
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 

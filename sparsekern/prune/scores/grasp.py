@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .gradients import Batches, LossFn, Scores, checked, pairs, scored_parameters, summed_gradients, undisturbed
 
@@ -47,7 +48,8 @@ def grasp(
     gradients = summed_gradients(model, weights, batches, cooled)
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     products = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
-    with undisturbed(model) as call:
+    # Fused attention has no second derivatives.
+    with undisturbed(model) as call, sdpa_kernel(SDPBackend.MATH):
         for inputs, target in pairs(batches):
             loss = checked(cooled(call(leaves, inputs), target))
             of_batch = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
