@@ -125,3 +125,13 @@ def test_signed_bias_scores_count_by_their_size_where_gates_do() -> None:
     scores = {f"{i}.weight": torch.rand(4, 4) for i in range(2)} | {"0.bias": torch.full((4,), -100.0)}
     found = prune.from_scores(model, scores, 0.5, (1, 1), placement="global", block_score="gate")
     assert not found.drop_bias
+
+
+def test_a_layer_without_score_can_be_left_where_others_are_excluded() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    found = prune.scores.magnitude(model)
+    found["1.weight"].zero_()
+    assert prune.from_scores(model, found, 0.5, (1, 1), exclude=["0"]).achieved == 0.5
+    found["0.weight"].zero_()
+    with pytest.raises(ValueError, match="must not all be zero"):
+        prune.from_scores(model, found, 0.5, (1, 1), exclude=["0"])
