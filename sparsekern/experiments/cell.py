@@ -169,7 +169,7 @@ def prepared(cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     result: dict[str, Any] = {}
     dense = None
     if cell.speedup is not None:
-        dense = copy.deepcopy(model.to(memory_format=best_format(model)))  # type: ignore[call-overload]  # not in torch's stubs
+        dense = copy.deepcopy(in_best_format(model))
         cell, model = _in_time(cell, model)
         result = {"width": cell.width, "asked_sparsity": cell.sparsity}
     if cell.method != "dense":
@@ -210,7 +210,7 @@ def _in_time(cell: Cell, model: nn.Module) -> tuple[Cell, nn.Module]:
         generator = torch.Generator().manual_seed(cell.seed)
         other = built(cell.but(width=width), generator)
         initial.fill_(other, cell.init, generator)
-        return other.to(memory_format=best_format(other))  # type: ignore[call-overload]  # not in torch's stubs
+        return in_best_format(other)
 
     def sparse(density: float) -> nn.Module:
         other = copy.deepcopy(model)
@@ -293,6 +293,11 @@ def best_format(model: nn.Module) -> torch.memory_format:
     """channels_last for networks with convolutions: torch's pooling is then far faster, dense and sparse."""
     convolutional = any(isinstance(module, nn.Conv2d | SparseConv2d) for module in model.modules())
     return torch.channels_last if convolutional else torch.contiguous_format
+
+
+def in_best_format(model: nn.Module) -> nn.Module:
+    """The model, its weights moved to :func:`best_format`."""
+    return model.to(memory_format=best_format(model))  # type: ignore[call-overload]  # not in torch's stubs
 
 
 @lru_cache(maxsize=2)

@@ -18,7 +18,7 @@ from .. import plots
 from ..files import write_text
 from ..prune.by_time import Of
 from . import blocks, equal_time, grid
-from .cell import Cell, best_format, load, prepared
+from .cell import Cell, in_best_format, load, prepared
 from .page import page
 from .study import small
 
@@ -65,8 +65,7 @@ def run(base: Cell, name: str, out: Path, seeds: int, jobs: int, quick: bool, pr
         keys = [cell.but(seed=seed).key for seed in range(1, seeds + 1)]
         if not (found := [results[key]["accuracy"] for key in keys if key in results]):
             continue
-        model, _ = prepared(cell.but(seed=1))
-        model = model.to(memory_format=best_format(model))  # type: ignore[call-overload]  # not in torch's stubs
+        model = in_best_format(prepared(cell.but(seed=1))[0])
         dataset = load(cell.dataset)
         batch = dataset.train_images[: cell.batch_size], dataset.train_labels[: cell.batch_size]
         row: dict[str, Any] = {"line": line, "point": point, "accuracies": found}
