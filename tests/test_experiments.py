@@ -336,7 +336,9 @@ def test_time_is_measured_and_shown_beside_accuracy(tmp_path: Path, monkeypatch:
     assert cells[frontier.NARROW, "width 0.5"].width == 0.1
     for accuracy, one in zip((0.8, 0.7, 0.6, 0.5, 0.4), cells.values(), strict=False):
         grid._append(tmp_path / "blocks-a-quick.jsonl", study.small(one).but(seed=1).key, {"accuracy": accuracy})
-    table = frontier.run(base, "time-a", tmp_path, 2, 0, True, lambda *args: None)
+    threads: list[int] = []
+    table = frontier.run(base, "time-a", tmp_path, 2, 0, True, lambda *args: threads.append(torch.get_num_threads()))
+    assert set(threads) == {1}
     rows = json.loads((tmp_path / "time-a-quick.json").read_text())["rows"]
     assert [row["accuracies"] for row in rows] == [[0.8], [0.7], [0.6], [0.5], [0.4]]
     assert [row["line"] for row in rows] == [frontier.NARROW] * 2 + ["1x1, global SNIP"] * 2 + ["8x8"]

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 
 from .. import plots
 from ..files import write_text
 from ..prune.by_time import Of
+from ..timing import keep_freed_memory
 from . import blocks, equal_time, grid
 from .cell import Cell, in_best_format, load, prepared
 from .page import page
@@ -59,18 +61,7 @@ def run(base: Cell, name: str, out: Path, seeds: int, jobs: int, quick: bool, pr
     file = stem.with_name(stem.name.replace("time-", "blocks-") + ".jsonl")
     wanted = [cell.but(seed=seed) for seed in range(1, seeds + 1) for cell in every.values()]
     results = grid.fill(wanted, file, jobs, progress) if jobs else grid.read(file)
-    dense, _ = prepared(every[NARROW, "width 1"].but(seed=1))
-    rows: list[dict[str, Any]] = []
-    for done, ((line, point), cell) in enumerate(every.items()):
-        keys = [cell.but(seed=seed).key for seed in range(1, seeds + 1)]
-        if not (found := [results[key]["accuracy"] for key in keys if key in results]):
-            continue
-        model = in_best_format(prepared(cell.but(seed=1))[0])
-        dataset = load(cell.dataset)
-        batch = dataset.train_images[: cell.batch_size], dataset.train_labels[: cell.batch_size]
-        row: dict[str, Any] = {"line": line, "point": point, "accuracies": found}
-        rows.append(row | {of: equal_time.measured(dense, model, batch, of) for of in kinds(base)})
-        progress("timing", done + 1, len(every), f"{line}, {point}")
+    rows = _timed(every, base, seeds, results, progress)
     if not rows:
         raise ValueError(f"{file} holds no result of this experiment")
     title = f"Accuracy against measured time: {base.model}" + (f", width {base.width:g}" if base.width != 1 else "")
@@ -85,6 +76,31 @@ def run(base: Cell, name: str, out: Path, seeds: int, jobs: int, quick: bool, pr
     write_text(stem.with_suffix(".md"), page(title, note, _table(rows, kinds(base)), name, seeds, quick))
     _draw(title, rows, kinds(base), stem.with_suffix(".png"))
     return stem.with_suffix(".md")
+
+
+def _timed(
+    every: dict[tuple[str, str], Cell], base: Cell, seeds: int, results: grid.Results, progress: grid.Progress
+) -> list[dict[str, Any]]:
+    """A row for each cell with results, its network timed on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    rows: list[dict[str, Any]] = []
+    try:
+        dense, _ = prepared(every[NARROW, "width 1"].but(seed=1))
+        for done, ((line, point), cell) in enumerate(every.items()):
+            keys = [cell.but(seed=seed).key for seed in range(1, seeds + 1)]
+            if not (found := [results[key]["accuracy"] for key in keys if key in results]):
+                continue
+            model = in_best_format(prepared(cell.but(seed=1))[0])
+            dataset = load(cell.dataset)
+            batch = dataset.train_images[: cell.batch_size], dataset.train_labels[: cell.batch_size]
+            row: dict[str, Any] = {"line": line, "point": point, "accuracies": found}
+            rows.append(row | {of: equal_time.measured(dense, model, batch, of) for of in kinds(base)})
+            progress("timing", done + 1, len(every), f"{line}, {point}")
+    finally:
+        torch.set_num_threads(threads)
+    return rows
 
 
 def _table(rows: list[dict[str, Any]], times: tuple[Of, Of]) -> list[str]:
